@@ -1,0 +1,1 @@
+"""The Hydra configuration of lowrank_pl: `train.yaml` and its groups."""
