@@ -1,0 +1,61 @@
+"""Block SVD: the lowered matrix cut at whole input channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from lowrank_pl.decompositions.base import Decomposition, Rank
+from lowrank_pl.decompositions.structure import Chain
+from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers import as_operator
+from lowrank_pl.linalg import tail_energies, truncated_svd
+
+
+@final
+@dataclass(frozen=True)
+class BlockSVD(Decomposition):
+    """Blocks of c input channels of the matrix `T x (S d d)`, each at rank r.
+
+    Tiled SVD (Lee et al., 2019) cut so that it deploys as ordinary layers: a `d x d` convolution with `S / c` groups
+    to r channels each, then a `1 x 1` one. c is the divisor of S nearest to `channels` by ratio. The rank is one
+    number. For linear layers (blocks of inputs) and ungrouped convolutions, transposed ones too.
+    """
+
+    channels: int = 8
+
+    def __post_init__(self) -> None:
+        if type(self.channels) is not int or self.channels < 1:
+            raise ValueError(f"Expected argument `channels` to be an int of at least 1 but got {self.channels!r}")
+
+    def unsupported(self, layer: LayerSpec) -> str | None:
+        return None if layer.groups == 1 else "needs an ungrouped layer"
+
+    def blocks(self, layer: LayerSpec) -> int:
+        """How many blocks, `S / c`."""
+        divisors = [c for c in range(1, layer.in_channels + 1) if layer.in_channels % c == 0]
+        nearest = min(divisors, key=lambda c: max(c / self.channels, self.channels / c))
+        return layer.in_channels // nearest
+
+    def full_rank(self, layer: LayerSpec) -> Rank:
+        return (min(layer.out_channels, layer.num_weights // layer.out_channels // self.blocks(layer)),)
+
+    def stages(self, layer: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
+        blocks = self.blocks(layer)
+        first = layer.with_(out_channels=rank[0] * blocks, groups=blocks)
+        return first, first.then(layer.out_channels)
+
+    def spectra(self, weight: Tensor, layer: LayerSpec) -> tuple[Tensor, ...]:
+        return (tail_energies(self._matrices(weight, layer)).sum(0),)
+
+    def _factor(self, weight: Tensor, layer: LayerSpec, rank: Rank) -> Chain:
+        left, right = (x.to(weight.dtype) for x in truncated_svd(self._matrices(weight, layer), rank[0]))
+        stages = self.stages(layer, rank)
+        mixing = left.transpose(0, 1).reshape(stages[1].operator_shape)  # [T, blocks r]
+        return Chain(layer, stages, (right.reshape(stages[0].operator_shape), mixing))
+
+    def _matrices(self, weight: Tensor, layer: LayerSpec) -> Tensor:
+        """`[blocks, T, c d d]`."""
+        return as_operator(weight, layer).unflatten(1, (self.blocks(layer), -1)).transpose(0, 1).flatten(2)

@@ -1,0 +1,183 @@
+"""A weight written as something cheaper."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers import Run, TiledLayer, as_stored, build, build_with
+
+
+class Structure(ABC):
+    """A weight of `layer` as factors; counted as it will be deployed."""
+
+    layer: LayerSpec
+
+    @property
+    @abstractmethod
+    def num_weights(self) -> int:
+        """Stored weights, the bias apart."""
+
+    @property
+    @abstractmethod
+    def macs(self) -> int | None:
+        """Multiply-adds for one input of the network; None while the layer has not been seen to run."""
+
+    @abstractmethod
+    def reconstruct(self) -> Tensor:
+        """The dense weight that the factors make, in the shape and type that PyTorch stores."""
+
+    @abstractmethod
+    def to_module(self, bias: Tensor | None) -> nn.Module:
+        """The layer to deploy, on the factors' device and in their type."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Sizes without numbers, in plain types: what `module_from_dict` needs to build an empty module."""
+
+
+@final
+@dataclass(frozen=True)
+class Dense(Structure):
+    """A weight kept as it is, because no factorization allowed here is cheaper."""
+
+    layer: LayerSpec
+    weight: Tensor
+
+    @property
+    def num_weights(self) -> int:
+        return self.layer.num_weights
+
+    @property
+    def macs(self) -> int | None:
+        return self.layer.macs
+
+    def reconstruct(self) -> Tensor:
+        return self.weight
+
+    def to_module(self, bias: Tensor | None) -> nn.Module:
+        raise TypeError("A dense layer keeps its own module")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "dense"}
+
+
+@final
+@dataclass(frozen=True)
+class Chain(Structure):
+    """Ordinary layers one after another: `stages` and their weights as operators `[T, S / groups, *kernel]`."""
+
+    layer: LayerSpec
+    stages: tuple[LayerSpec, ...]
+    operators: tuple[Tensor, ...]
+
+    @property
+    def num_weights(self) -> int:
+        return count_weights(self.stages)
+
+    @property
+    def macs(self) -> int | None:
+        return count_macs(self.stages)
+
+    def reconstruct(self) -> Tensor:
+        operator, groups = self.operators[0], self.stages[0].groups
+        for stage, following in zip(self.stages[1:], self.operators[1:], strict=True):
+            operator, groups = _compose(operator, groups, following, stage.groups)
+        return as_stored(operator, self.layer)
+
+    def to_module(self, bias: Tensor | None) -> nn.Module:
+        biases = [None] * (len(self.stages) - 1) + [bias]
+        return nn.Sequential(*map(build_with, self.stages, self.operators, biases))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "chain", "stages": [stage.to_dict() for stage in self.stages]}
+
+
+@final
+@dataclass(frozen=True)
+class Tiles(Structure):
+    """A grid of low-rank tiles of the lowered matrix: the factors of `TiledLayer`, region by region."""
+
+    layer: LayerSpec
+    tile: int
+    rank: int
+    left: tuple[Tensor, ...]
+    right: tuple[Tensor, ...]
+    run: Run | None = None
+
+    @property
+    def num_weights(self) -> int:
+        return sum(factor.numel() for factor in (*self.left, *self.right))
+
+    @property
+    def macs(self) -> int | None:
+        """Of the factors; a module that runs dense costs what the dense layer costs."""
+        if self.run == "dense":
+            return self.layer.macs
+        positions = self.layer.with_(inputs=self.layer.outputs, kind="linear").macs
+        return None if positions is None else positions // self.layer.num_weights * self.num_weights
+
+    def reconstruct(self) -> Tensor:
+        with torch.no_grad():
+            return self._fill(None).dense_weight()
+
+    def to_module(self, bias: Tensor | None) -> TiledLayer:
+        return self._fill(bias)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "tiles", "layer": self.layer.to_dict(), "tile": self.tile, "rank": self.rank, "run": self.run}
+
+    def _fill(self, bias: Tensor | None) -> TiledLayer:
+        with torch.device("meta"):
+            module = TiledLayer(self.layer, self.tile, self.rank, bias is not None, self.run or "dense")
+        for empty, factors in ((module.left, self.left), (module.right, self.right)):
+            for i, factor in enumerate(factors):
+                empty[i] = nn.Parameter(factor.detach().clone())
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach().clone())
+        return module
+
+
+def module_from_dict(values: dict[str, Any], bias: bool) -> nn.Module:
+    """An empty module for what `Structure.to_dict` described. Raises `ValueError` for anything else."""
+    kind = values.get("kind")
+    if kind == "chain" and isinstance(values.get("stages"), list) and values["stages"]:
+        stages = [LayerSpec.from_dict(stage) for stage in values["stages"]]
+        last = len(stages) - 1
+        return nn.Sequential(*(build(stage, bias=bias and i == last) for i, stage in enumerate(stages)))
+    if kind == "tiles" and values.get("run") in ("factors", "dense"):
+        tile, rank = values.get("tile"), values.get("rank")
+        if type(tile) is int and type(rank) is int and 1 <= rank <= tile:
+            return TiledLayer(LayerSpec.from_dict(values.get("layer", {})), tile, rank, bias, values["run"])
+    raise ValueError(f"Expected the structure of a layer, a chain or tiles, but got {values!r:.200}")
+
+
+def count_weights(stages: Sequence[LayerSpec]) -> int:
+    """Weights of all stages."""
+    return sum(stage.num_weights for stage in stages)
+
+
+def count_macs(stages: Sequence[LayerSpec]) -> int | None:
+    """Multiply-adds of all stages for one input of the network; None while none has been seen."""
+    macs = [stage.macs for stage in stages]
+    return None if None in macs else sum(n for n in macs if n is not None)
+
+
+def _compose(first: Tensor, groups: int, second: Tensor, second_groups: int) -> tuple[Tensor, int]:
+    """The operator of two convolutions in a row; along each axis one of them must have size 1.
+
+    Either both have the same groups, or the second has one: `[R, S/g, ...]` then `[T, R, ...]` is `[T, S, ...]`.
+    """
+    blocks = first.unflatten(0, (groups, -1))
+    if second_groups == groups:
+        combined = torch.einsum("gtr...,grs...->gts...", second.unflatten(0, (groups, -1)), blocks)
+        return combined.flatten(0, 1), groups
+    assert second_groups == 1
+    combined = torch.einsum("tgr...,grs...->tgs...", second.unflatten(1, (groups, -1)), blocks)
+    return combined.flatten(1, 2), 1

@@ -1,0 +1,69 @@
+"""SVD of the lowered kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from lowrank_pl.decompositions.base import Decomposition, Rank
+from lowrank_pl.decompositions.structure import Chain
+from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers import as_operator
+from lowrank_pl.linalg import tail_energies, truncated_svd
+
+
+@final
+@dataclass(frozen=True)
+class SVD(Decomposition):
+    """A `d x d` convolution to r channels, then a `1 x 1` one: the lowered matrix `T x (S d d)` at rank r.
+
+    "Scheme 1" of Idelbayev & Carreira-Perpinan (CVPR 2020), "SVD" of Lee et al. (2019). Two linear layers for a
+    linear layer; r per group for grouped convolutions. A transposed convolution is the adjoint of a convolution, and
+    so is its structure: `1 x 1` first, then `d x d`, from the matrix `S x (T d d)`, which keeps the cheap stage on the
+    small image. The rank is one number.
+    """
+
+    def unsupported(self, layer: LayerSpec) -> str | None:
+        return None
+
+    def full_rank(self, layer: LayerSpec) -> Rank:
+        rows, columns = self._matrix_shape(layer)
+        return (min(rows, columns),)
+
+    def stages(self, layer: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
+        channels = rank[0] * layer.groups
+        if layer.kind != "conv_transpose":
+            first = layer.with_(out_channels=channels)
+            return first, first.then(layer.out_channels, groups=layer.groups)
+        ones, zeros = (1,) * len(layer.kernel), (0,) * len(layer.kernel)
+        first = layer.with_(
+            kind="conv", out_channels=channels, kernel=ones, stride=ones, padding=zeros, dilation=ones,
+            output_padding=zeros,
+        )  # fmt: skip
+        return first, layer.with_(in_channels=channels, inputs=first.outputs)
+
+    def spectra(self, weight: Tensor, layer: LayerSpec) -> tuple[Tensor, ...]:
+        return (tail_energies(self._matrices(weight, layer)).sum(0),)
+
+    def _factor(self, weight: Tensor, layer: LayerSpec, rank: Rank) -> Chain:
+        left, right = (x.to(weight.dtype) for x in truncated_svd(self._matrices(weight, layer), rank[0]))
+        stages = self.stages(layer, rank)
+        if layer.kind != "conv_transpose":
+            operators = right.reshape(stages[0].operator_shape), left.reshape(stages[1].operator_shape)
+        else:
+            per_output = right.unflatten(2, (layer.out_channels // layer.groups, -1)).transpose(1, 2)
+            operators = left.mT.reshape(stages[0].operator_shape), per_output.reshape(stages[1].operator_shape)
+        return Chain(layer, stages, operators)
+
+    def _matrix_shape(self, layer: LayerSpec) -> tuple[int, int]:
+        rows = layer.in_channels if layer.kind == "conv_transpose" else layer.out_channels
+        return rows // layer.groups, layer.num_weights // rows
+
+    def _matrices(self, weight: Tensor, layer: LayerSpec) -> Tensor:
+        """`[groups, rows, columns]`."""
+        operator = as_operator(weight, layer).unflatten(0, (layer.groups, -1))
+        if layer.kind == "conv_transpose":
+            operator = operator.transpose(1, 2)
+        return operator.flatten(2)

@@ -1,0 +1,108 @@
+"""The shape of one linear map, in integers: what counting and building need, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, final
+
+Kind = Literal["linear", "conv", "conv_transpose"]
+
+
+@final
+@dataclass(frozen=True)
+class LayerSpec:
+    """One linear layer or convolution, dense or a stage of a factorized one, without its bias.
+
+    `padding` is a tuple or `"same"`. `inputs` holds, for one input of the network, one entry per call of the layer:
+    `(vectors, *spatial size)`, where `vectors` counts how often the map is applied beyond the spatial positions
+    (tokens of a linear layer, images folded into the batch). It is empty while nobody has seen the layer run.
+    """
+
+    kind: Kind
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    output_padding: tuple[int, ...] = ()
+    groups: int = 1
+    padding_mode: str = "zeros"
+    inputs: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def operator_shape(self) -> tuple[int, ...]:
+        """`[T, S / groups, *kernel]`, for transposed convolutions too (see `lowrank_pl.layers.as_operator`)."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel)
+
+    @property
+    def num_weights(self) -> int:
+        """Weights, the bias apart."""
+        return math.prod(self.operator_shape)
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply-adds for one input of the network; None while no input has been seen.
+
+        As `torch.utils.flop_counter` counts (two FLOPs each): positions in the padding are counted, the bias is not.
+        """
+        if not self.inputs:
+            return None
+        sizes = self.inputs if self.kind == "conv_transpose" else self.outputs
+        return self.num_weights * sum(math.prod(size) for size in sizes)
+
+    @property
+    def outputs(self) -> tuple[tuple[int, ...], ...]:
+        """`inputs` of the layer that follows."""
+        return tuple((vectors, *self._output_size(spatial)) for vectors, *spatial in self.inputs)
+
+    def _output_size(self, spatial: list[int]) -> list[int]:
+        if self.kind == "linear" or self.padding == "same":
+            return spatial
+        axes = zip(spatial, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        if self.kind == "conv":
+            return [(n + 2 * int(p) - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes]
+        return [
+            (n - 1) * s - 2 * int(p) + d * (k - 1) + 1 + extra
+            for (n, k, s, p, d), extra in zip(axes, self.output_padding, strict=True)
+        ]
+
+    def with_(self, **changes: Any) -> LayerSpec:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def then(self, out_channels: int, **changes: Any) -> LayerSpec:
+        """The layer that follows this one: linear after linear, else a `1 x 1` convolution unless told otherwise."""
+        ones, zeros = (1,) * len(self.kernel), (0,) * len(self.kernel)
+        return LayerSpec(
+            kind="linear" if self.kind == "linear" else "conv",
+            in_channels=self.out_channels,
+            out_channels=out_channels,
+            kernel=ones,
+            stride=ones,
+            padding=zeros,
+            dilation=ones,
+            output_padding=zeros,
+            inputs=self.outputs,
+        ).with_(**changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists, for JSON; `inputs` belongs to a run, not to the layer, and is left out."""
+        values = asdict(self)
+        del values["inputs"]
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LayerSpec:
+        """The inverse of `to_dict`. Raises `ValueError` for anything that is not a sane layer."""
+        known = {field.name for field in fields(cls)} - {"inputs"}
+        if not isinstance(values, dict) or set(values) != known:
+            raise ValueError(f"Expected a layer with the keys {sorted(known)} but got {values!r:.200}")
+        spec = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        sizes = (spec.kernel, spec.stride, spec.dilation)
+        numbers = [spec.in_channels, spec.out_channels, spec.groups, *(n for size in sizes for n in size)]
+        numbers += [n + 1 for size in (spec.padding, spec.output_padding) if size != "same" for n in size]
+        if spec.kind not in ("linear", "conv", "conv_transpose") or not all(type(n) is int and n >= 1 for n in numbers):
+            raise ValueError(f"Expected a layer of positive sizes but got {values!r:.200}")
+        return spec

@@ -1,0 +1,33 @@
+"""A linear layer whose inputs and outputs fall into groups, as in a grouped convolution."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class GroupedLinear(nn.Module):
+    """`groups` independent linear maps side by side: `[..., S]` to `[..., T]`, weight `[T, S / groups]`.
+
+    Plain `nn` has it only as a `1 x 1` convolution, which wants the channels in second place.
+    """
+
+    def __init__(self, in_features: int, out_features: int, groups: int, bias: bool = True) -> None:
+        super().__init__()
+        if in_features % groups or out_features % groups:
+            raise ValueError(f"Expected groups={groups} to divide {in_features} inputs and {out_features} outputs")
+        self.in_features, self.out_features, self.groups = in_features, out_features, groups
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // groups))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        for parameter in self.parameters():
+            bound = math.sqrt(groups / in_features)
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        vectors = x.reshape(-1, self.groups, self.in_features // self.groups).transpose(0, 1)
+        y = torch.bmm(vectors, self.weight.unflatten(0, (self.groups, -1)).transpose(1, 2))
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, groups={self.groups}, bias={self.bias is not None}"

@@ -1,0 +1,77 @@
+"""Ordinary `torch.nn` layers to and from `LayerSpec`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers.grouped_linear import GroupedLinear
+
+_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+LAYER_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, *_CONVS.values(), *_TRANSPOSED.values())
+
+
+def spec_of(layer: nn.Module) -> LayerSpec:
+    """The shape of an `nn.Linear`, `nn.ConvNd` or `nn.ConvTransposeNd`."""
+    if isinstance(layer, nn.Linear):
+        return LayerSpec("linear", layer.in_features, layer.out_features)
+    assert isinstance(layer, LAYER_TYPES)
+    padding = layer.padding
+    return LayerSpec(
+        kind="conv_transpose" if isinstance(layer, tuple(_TRANSPOSED.values())) else "conv",
+        in_channels=layer.in_channels,
+        out_channels=layer.out_channels,
+        kernel=tuple(layer.kernel_size),
+        stride=tuple(layer.stride),
+        padding=(0,) * len(layer.kernel_size) if padding == "valid" else padding if padding == "same" else tuple(padding),
+        dilation=tuple(layer.dilation),
+        output_padding=tuple(layer.output_padding),
+        groups=layer.groups,
+        padding_mode=layer.padding_mode,
+    )
+
+
+def build(spec: LayerSpec, bias: bool) -> nn.Module:
+    """A fresh layer of that shape, with PyTorch's own initialization. The inverse of `spec_of`."""
+    if spec.kind == "linear":
+        if spec.groups > 1:
+            return GroupedLinear(spec.in_channels, spec.out_channels, spec.groups, bias=bias)
+        return nn.Linear(spec.in_channels, spec.out_channels, bias=bias)
+    options = {} if spec.kind == "conv" else {"output_padding": spec.output_padding}
+    classes = _CONVS if spec.kind == "conv" else _TRANSPOSED
+    return classes[len(spec.kernel)](
+        spec.in_channels,
+        spec.out_channels,
+        spec.kernel,
+        stride=spec.stride,
+        padding=spec.padding,
+        dilation=spec.dilation,
+        groups=spec.groups,
+        bias=bias,
+        padding_mode=spec.padding_mode,
+        **options,
+    )
+
+
+def build_with(spec: LayerSpec, operator: Tensor, bias: Tensor | None) -> nn.Module:
+    """A layer that holds these weights, given as an operator, on their device and in their type."""
+    with torch.device("meta"):
+        layer = build(spec, bias=bias is not None)
+    layer.weight = nn.Parameter(as_stored(operator, spec).detach().clone(memory_format=torch.contiguous_format))
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone())
+    return layer
+
+
+def as_operator(weight: Tensor, spec: LayerSpec) -> Tensor:
+    """A layer's weight as `[T, S / groups, *kernel]`; PyTorch stores transposed convolutions as `[S, T / groups, ...]`."""
+    if spec.kind != "conv_transpose":
+        return weight
+    return weight.unflatten(0, (spec.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def as_stored(operator: Tensor, spec: LayerSpec) -> Tensor:
+    """The inverse of `as_operator`."""
+    return as_operator(operator, spec)  # swapping two axes within each group undoes itself

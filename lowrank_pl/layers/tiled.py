@@ -1,0 +1,135 @@
+"""The deployed form of tiled SVD: a grid of low-rank tiles, or the dense weight that they make."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank_pl.layer_spec import LayerSpec
+
+Run = Literal["factors", "dense"]
+
+
+class Slab(NamedTuple):
+    """`count` neighbouring tiles of `size` rows (or columns) each, from row (or column) `start` on."""
+
+    start: int
+    count: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count * self.size
+
+
+def slabs(length: int, tile: int) -> list[Slab]:
+    """Whole tiles first, then, where the tile does not divide the length, one smaller tile."""
+    whole, rest = divmod(length, tile)
+    return [slab for slab in (Slab(0, whole, tile), Slab(whole * tile, 1, rest)) if slab.count * slab.size]
+
+
+def tile_regions(spec: LayerSpec, tile: int) -> list[tuple[Slab, Slab]]:
+    """The lowered matrix `T x (S d d)` as at most four rectangles, each a grid of equal tiles, row by row."""
+    rows, columns = spec.out_channels, spec.num_weights // spec.out_channels
+    return [(row, column) for row in slabs(rows, tile) for column in slabs(columns, tile)]
+
+
+class TiledLayer(nn.Module):
+    """A linear layer or 2-d convolution whose lowered weight is a grid of tiles of rank at most `rank`.
+
+    Parameters per region of `tile_regions` with `m x n` tiles of `h x w`, rank `r = min(rank, h, w)`:
+    `left.i` `[m, h, n r]` and `right.i` `[n, m r, w]`. With `run="factors"` the layer multiplies by them (im2col and
+    two batched products); with `run="dense"` it rebuilds the weight once, when first used, and runs as the dense
+    layer does: a small file at dense speed. Rebuilt whenever a factor has changed.
+    """
+
+    def __init__(self, spec: LayerSpec, tile: int, rank: int, bias: bool, run: Run) -> None:
+        super().__init__()
+        self.spec, self.tile, self.rank = spec.with_(inputs=()), tile, rank
+        self.run: Run = run
+        self.regions = tile_regions(spec, tile)
+        ranks = [min(rank, row.size, column.size) for row, column in self.regions]
+        shapes = list(zip(self.regions, ranks, strict=True))
+        self.left = nn.ParameterList(torch.empty(m.count, m.size, n.count * r) for (m, n), r in shapes)
+        self.right = nn.ParameterList(torch.empty(n.count, m.count * r, n.size) for (m, n), r in shapes)
+        self.bias = nn.Parameter(torch.zeros(spec.out_channels)) if bias else None
+        for factor in (*self.left, *self.right):
+            nn.init.normal_(factor, std=(rank * spec.num_weights / spec.out_channels) ** -0.25)
+        self._dense: tuple[Any, Tensor] | None = None
+
+    def dense_weight(self) -> Tensor:
+        """The weight that the tiles make, `[T, S, *kernel]`."""
+        rows: dict[int, list[Tensor]] = {}
+        for (m, n), left, right in zip(self.regions, self.left, self.right, strict=True):
+            tiles = torch.einsum(
+                "ihjr,jirw->ihjw", left.unflatten(2, (n.count, -1)), right.unflatten(1, (m.count, -1))
+            )
+            rows.setdefault(m.start, []).append(tiles.reshape(m.count * m.size, n.count * n.size))
+        matrix = torch.cat([torch.cat(row, dim=1) for row in rows.values()])
+        return matrix.reshape(self.spec.operator_shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward_dense(x) if self.run == "dense" else self._forward_factors(x)
+
+    def _forward_dense(self, x: Tensor) -> Tensor:
+        if self.spec.kind == "linear":
+            return F.linear(x, self._weight(), self.bias)
+        padding: Any = self.spec.padding
+        if self.spec.padding_mode != "zeros":
+            x, padding = self._pad(x), 0
+        return F.conv2d(x, self._weight(), self.bias, self.spec.stride, padding, self.spec.dilation)  # type: ignore[arg-type]
+
+    def _weight(self) -> Tensor:
+        factors = [*self.left, *self.right]
+        wants_grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
+        if wants_grad or torch.compiler.is_compiling():
+            return self.dense_weight()
+        key = [(id(factor), factor._version) for factor in factors]
+        if self._dense is None or self._dense[0] != key:
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(factors[0].device.type, enabled=False):
+                self._dense = key, self.dense_weight()
+        return self._dense[1]
+
+    def _forward_factors(self, x: Tensor) -> Tensor:
+        if self.spec.kind == "linear":
+            y = self._multiply(x.reshape(1, -1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
+        if x.dim() == 3:
+            return self._forward_factors(x.unsqueeze(0)).squeeze(0)
+        size = self.spec.with_(inputs=((1, *x.shape[2:]),)).outputs[0][1:]
+        columns = F.unfold(self._pad(x), self.spec.kernel, self.spec.dilation, 0, self.spec.stride)  # type: ignore[arg-type]
+        y = self._multiply(columns).unflatten(2, size)
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+    def _multiply(self, columns: Tensor) -> Tensor:
+        """`[B, S d d, P]` to `[B, T, P]`."""
+        rows: dict[int, Tensor] = {}
+        for (m, n), left, right in zip(self.regions, self.left, self.right, strict=True):
+            x = columns[:, n.start : n.stop].unflatten(1, (n.count, n.size))
+            inner = (right @ x).unflatten(2, (m.count, -1)).transpose(1, 2).flatten(2, 3)
+            y = (left @ inner).flatten(1, 2)
+            rows[m.start] = rows[m.start] + y if m.start in rows else y
+        return torch.cat(list(rows.values()), dim=1)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        spec = self.spec
+        if spec.padding == "same":  # as PyTorch: the odd one goes behind
+            totals = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]
+            amounts = [(total // 2, total - total // 2) for total in totals]
+        else:
+            amounts = [(int(p), int(p)) for p in spec.padding]
+        mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
+        return F.pad(x, [n for pair in reversed(amounts) for n in pair], mode=mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TiledLayer:
+        self._dense = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_dense": None}  # copies and pickles carry the factors only
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.out_channels} x {self.spec.in_channels}, tile={self.tile}, rank={self.rank}, run={self.run!r}"
