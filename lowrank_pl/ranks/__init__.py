@@ -1,0 +1,9 @@
+"""Rules that choose ranks, one file each."""
+
+from lowrank_pl.ranks.base import RankProblem, RankRule
+from lowrank_pl.ranks.compression_ratio import CompressionRatio
+from lowrank_pl.ranks.energy_threshold import EnergyThreshold
+from lowrank_pl.ranks.fixed_rank import FixedRank
+from lowrank_pl.ranks.rank_fraction import RankFraction
+
+__all__ = ["CompressionRatio", "EnergyThreshold", "FixedRank", "RankFraction", "RankProblem", "RankRule"]

@@ -1,0 +1,51 @@
+"""Strings and mappings from names where a choice is expected."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def resolve(choice: Any, base: type[T], argument: str) -> dict[str, T]:
+    """A choice as `{pattern: object}`: from an object of type `base`, the snake-case name of one of its subclasses
+    that needs no arguments, or a mapping from name patterns to either.
+
+    Raises `ValueError` for an unknown name and `TypeError` for anything else.
+    """
+    if isinstance(choice, Mapping):
+        if not choice:
+            raise ValueError(f"Expected argument `{argument}` to map patterns to choices but got an empty mapping")
+        return {str(pattern): _one(value, base, argument) for pattern, value in choice.items()}
+    return {"*": _one(choice, base, argument)}
+
+
+def _one(choice: Any, base: type[T], argument: str) -> T:
+    if isinstance(choice, base):
+        return choice
+    known = {snake_case(kind.__name__): kind for kind in _finals(base)}
+    if not isinstance(choice, str):
+        raise TypeError(
+            f"Expected argument `{argument}` to be a {base.__name__} (or a mapping of name patterns to them), such as "
+            f"{', '.join(kind.__name__ for kind in known.values())}, but got {choice!r}"
+        )
+    if choice not in known:
+        raise ValueError(f"Unknown `{argument}` {choice!r}; known are {', '.join(sorted(known))}")
+    try:
+        return known[choice]()
+    except TypeError as error:
+        raise ValueError(f"`{argument}` {choice!r} needs arguments: use {known[choice].__name__}(...)") from error
+
+
+def _finals(base: type[T]) -> Iterator[type[T]]:
+    for kind in base.__subclasses__():
+        if getattr(kind, "__final__", False):
+            yield kind
+        yield from _finals(kind)
+
+
+def snake_case(name: str) -> str:
+    """`TiledSVD` to `tiled_svd`, `SVD` to `svd`, `Tucker2` to `tucker2`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()

@@ -1,0 +1,196 @@
+"""One network: which layer takes which structure at which rank, and the projection of all its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_pl.choices import resolve, snake_case
+from lowrank_pl.decompositions import Decomposition, Dense, Rank, Structure, count_weights
+from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers import spec_of
+from lowrank_pl.ranks import CompressionRatio, RankProblem, RankRule
+from lowrank_pl.surgery import Trace, find_layers, obstacle
+from lowrank_pl.targets import Targets, check_patterns, matches
+
+DEFAULT_RANK = CompressionRatio(2.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Compression:
+    """One target: a layer, the decomposition of its weight and the rule for its rank."""
+
+    name: str
+    module: nn.Module
+    layer: LayerSpec
+    decomposition: Decomposition
+    rule: RankRule
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight.detach()  # type: ignore[operator, union-attr, return-value]
+
+    @property
+    def problem(self) -> RankProblem:
+        return RankProblem(self.name, self.layer, self.decomposition, self.weight)
+
+    def is_cheaper(self, rank: Rank) -> bool:
+        """Whether the factors have fewer weights than the layer."""
+        return count_weights(self.decomposition.stages(self.layer, rank)) < self.layer.num_weights
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table that a plan prints: a layer, what becomes of it, and why."""
+
+    name: str
+    structure: str
+    rank: Rank | None
+    dense_weights: int
+    weights: int
+    note: str
+
+
+class Plan:
+    """Targets of one network, as `Compression`s, and the reasons why the other layers stay dense."""
+
+    def __init__(self, compressions: Sequence[Compression], dense: Mapping[str, str], specs: Mapping[str, LayerSpec]):
+        self.compressions = list(compressions)
+        self.dense = dict(dense)
+        self.specs = dict(specs)
+
+    def choose_ranks(self) -> dict[str, Rank]:
+        """Every target's rank, from the weights as they are now; each rule is asked once.
+
+        Raises `ValueError` that names the layer for weights that are not finite.
+        """
+        self._check_finite()
+        ranks: dict[str, Rank] = {}
+        for rule in dict.fromkeys(id(c.rule) for c in self.compressions):
+            members = [c for c in self.compressions if id(c.rule) == rule]
+            chosen = members[0].rule([c.problem for c in members])
+            ranks |= {c.name: tuple(rank) for c, rank in zip(members, chosen, strict=True)}
+        return ranks
+
+    def factor(self, ranks: Mapping[str, Rank]) -> dict[str, Structure]:
+        """The projection of every target at these ranks; `Dense` where the factors would not be cheaper."""
+        self._check_finite()
+        structures: dict[str, Structure] = {}
+        for c in self.compressions:
+            try:
+                structures[c.name] = (
+                    c.decomposition.factor(c.weight, c.layer, ranks[c.name])
+                    if c.is_cheaper(ranks[c.name])
+                    else Dense(c.layer, c.weight)
+                )
+            except ValueError as error:
+                raise ValueError(f"Layer {c.name!r}: {error}") from error
+        return structures
+
+    def rows(self, ranks: Mapping[str, Rank]) -> list[Row]:
+        """The plan as a table, in the network's order."""
+        by_name = {c.name: c for c in self.compressions}
+        rows = []
+        for name, spec in self.specs.items():
+            if name not in by_name:
+                rows.append(Row(name, "dense", None, spec.num_weights, spec.num_weights, self.dense[name]))
+                continue
+            c, rank = by_name[name], ranks[name]
+            weights = count_weights(c.decomposition.stages(c.layer, rank))
+            if not c.is_cheaper(rank):
+                note = f"{snake_case(type(c.decomposition).__name__)} of rank {rank} would not be cheaper: {weights:,}"
+                rows.append(Row(name, "dense", None, spec.num_weights, spec.num_weights, note))
+                continue
+            note = c.rule.note(c.problem, rank) or ""
+            rows.append(Row(name, describe(c.decomposition), rank, spec.num_weights, weights, note))
+        return rows
+
+    def _check_finite(self) -> None:
+        for c in self.compressions:
+            if not torch.isfinite(c.weight).all():
+                raise ValueError(
+                    f"Layer {c.name!r}: expected finite weights but found NaN or Inf; all weights are left as they "
+                    "were. Lower the learning rate or clip gradients"
+                )
+
+
+def make_plan(
+    model: nn.Module,
+    method: Any = "tiled_svd",
+    rank: Any = None,
+    targets: Targets | None = None,
+    trace: Trace | None = None,
+    training: bool = False,
+) -> Plan:
+    """Decide for every linear layer and convolution whether it takes part, and how.
+
+    `method` and `rank` are a choice or a mapping from name patterns to choices, of which the first match wins. With a
+    trace, layers that never ran stay dense; with `training`, frozen ones do. Raises `ValueError` for a pattern that
+    matches no layer.
+    """
+    methods = resolve(method, Decomposition, "method")  # type: ignore[type-abstract]
+    rules = resolve(DEFAULT_RANK if rank is None else rank, RankRule, "rank")  # type: ignore[type-abstract]
+    layers = find_layers(model)
+    dense = (targets or Targets()).left_out(model, trace)
+    check_patterns(methods, layers, "method")
+    check_patterns(rules, layers, "rank")
+    specs: dict[str, LayerSpec] = {}
+    compressions = []
+    for name, module in layers.items():
+        reason = obstacle(model, module)
+        if reason and reason.startswith("lazy"):
+            specs[name] = LayerSpec("linear", 0, 0)
+            dense[name] = reason
+            continue
+        specs[name] = spec_of(module).with_(inputs=trace.inputs(name) if trace else ())
+        decomposition, rule = _first_match(methods, name), _first_match(rules, name)
+        reason = reason or _idle(name, trace) or dense.get(name) or _frozen(module, training)
+        if reason is None and decomposition is None:
+            reason = "no pattern in `method` matches it"
+        elif reason is None and rule is None:
+            reason = "no pattern in `rank` matches it"
+        elif reason is None and decomposition is not None and decomposition.unsupported(specs[name]):
+            reason = f"{type(decomposition).__name__} {decomposition.unsupported(specs[name])}"
+        if reason is None and decomposition is not None and rule is not None:
+            compressions.append(Compression(name, module, specs[name], decomposition, rule))
+        else:
+            dense[name] = str(reason)
+    return Plan(compressions, dense, specs)
+
+
+def describe(decomposition: Decomposition) -> str:
+    """The decomposition's name with its fields: `tiled_svd(tile=64)`."""
+    fields = ", ".join(f"{key}={value}" for key, value in vars(decomposition).items() if value is not None)
+    return snake_case(type(decomposition).__name__) + (f"({fields})" if fields else "")
+
+
+@torch.no_grad()
+def write_weights_(plan: Plan, structures: Mapping[str, Structure]) -> float:
+    """Put every projection in its weight's place and return `||w - w~||_F^2 / N(w)` over all targets."""
+    squared, count = 0.0, 0
+    for c in plan.compressions:
+        projected = structures[c.name].reconstruct()
+        squared += float((c.weight.double() - projected.double()).square().sum())
+        count += projected.numel()
+        if not isinstance(structures[c.name], Dense):
+            c.weight.copy_(projected)
+    return squared / max(count, 1)
+
+
+def _first_match(choices: Mapping[str, Any], name: str) -> Any:
+    return next((choice for pattern, choice in choices.items() if matches(name, [pattern])), None)
+
+
+def _idle(name: str, trace: Trace | None) -> str | None:
+    if trace is None:
+        return None
+    return trace.odd.get(name) or (None if name in trace.calls else "never called: another module reads its weight")
+
+
+def _frozen(module: nn.Module, training: bool) -> str | None:
+    return "frozen: requires_grad is False" if training and not module.weight.requires_grad else None  # type: ignore[union-attr]
+

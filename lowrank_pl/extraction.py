@@ -1,0 +1,129 @@
+"""From projected weights to a plain module, verified layer by layer."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import benchmark
+
+from lowrank_pl.compression import Plan, make_plan
+from lowrank_pl.decompositions import Dense, Structure
+from lowrank_pl.layers import TiledLayer
+from lowrank_pl.surgery import Trace, detached_copy, find_layers, record, replace_layers
+from lowrank_pl.targets import Targets
+
+TOLERANCE = 1e-4
+RECORD = "lowrank_pl_record"  # the attribute of an extracted module that says what was done to it
+
+_RUNS = {"factors": "runs from its factors", "dense": "stored as factors, runs as the dense weight"}
+
+
+def compress(
+    model: nn.Module,
+    method: Any = "tiled_svd",
+    rank: Any = None,
+    targets: Targets | None = None,
+    example_input: Any = None,
+) -> nn.Module:
+    """A deep copy of `model` in which every target is a module of factors; `model` itself is unchanged.
+
+    `method`, `rank` (default `CompressionRatio(2.0)`) and `targets` as for `DeepTwist`. With `example_input` (a tensor,
+    or a tuple of arguments) the model runs once: layers that it never calls stay dense, "first" and "last" follow the
+    order of running, and the copy is verified on the layers' real inputs. Without it the order of registration counts,
+    and a layer whose weight another module reads directly is recognized only inside `nn.MultiheadAttention`.
+    """
+    trace = None if example_input is None else record(model, example_input)
+    plan = make_plan(model, method, rank, targets, trace)
+    return extract(model, plan, plan.factor(plan.choose_ranks()), trace)
+
+
+def extract(
+    model: nn.Module, plan: Plan, structures: Mapping[str, Structure], trace: Trace | None = None
+) -> nn.Module:
+    """A deep copy of `model` with a module of factors for every structure that is not dense.
+
+    Each is compared in float64 with the layer that it replaces, at the projected weight, on inputs from the trace (on
+    random ones where there are none): `RuntimeError` with the layer's name if outputs differ by more than 1e-4. A
+    record of what was done, in plain types, is left on the copy for `save_compressed` and `summarize`.
+    """
+    extracted = detached_copy(model)
+    layers = find_layers(extracted)
+    replacements: dict[nn.Module, nn.Module] = {}
+    entries: dict[str, Any] = {}
+    notes = dict(plan.dense)
+    for c in plan.compressions:
+        structure = structures[c.name]
+        if isinstance(structure, Dense):
+            notes[c.name] = "would not be cheaper"
+            continue
+        layer = layers[c.name]
+        x = _sample(layer, c.layer.kernel, trace.samples.get(c.name) if trace else None)
+        module = structure.to_module(layer.bias).train(layer.training)  # type: ignore[arg-type]
+        module.requires_grad_(any(p.requires_grad for p in layer.parameters()))
+        _verify(c.name, layer, structure.reconstruct(), module, x)
+        if isinstance(module, TiledLayer) and c.decomposition.run is None:  # type: ignore[attr-defined]
+            module.run = _faster_run(module, x) if trace and c.name in trace.samples else "dense"
+        notes[c.name] = _RUNS[module.run] if isinstance(module, TiledLayer) else ""
+        replacements[layer] = module
+        entries[c.name] = {
+            "structure": {**structure.to_dict(), **({"run": module.run} if isinstance(module, TiledLayer) else {})},
+            "replaces": c.layer.to_dict(),
+            "bias": layer.bias is not None,
+        }
+    if not entries:
+        warnings.warn("No layer was compressed: all of them stay dense. See the table of reasons.", stacklevel=2)
+    extracted = replace_layers(extracted, replacements)
+    setattr(extracted, RECORD, {"layers": entries, "notes": notes})
+    return extracted
+
+
+def _sample(layer: nn.Module, kernel: tuple[int, ...], recorded: Tensor | None) -> Tensor:
+    """Recorded inputs, or random ones just large enough for the kernel."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if recorded is not None:
+        return recorded.to(weight.device)
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(layer, nn.Linear):
+        return torch.randn(4, layer.in_features, generator=generator).to(weight.device)
+    reach = [d * (k - 1) + 2 for k, d in zip(kernel, layer.dilation, strict=True)]  # type: ignore[arg-type]
+    return torch.randn(2, int(layer.in_channels), *reach, generator=generator).to(weight.device)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _verify(name: str, layer: nn.Module, projected: Tensor, module: nn.Module, x: Tensor) -> None:
+    """In float64, so that neither TF32 nor the order of sums plays a part."""
+    with torch.autocast(x.device.type, enabled=False):
+        dense = copy.deepcopy(layer).double()
+        dense.weight.copy_(projected)  # type: ignore[operator, union-attr]
+        expected = dense(x.double())
+        for run in ("factors", "dense") if isinstance(module, TiledLayer) else (None,):
+            candidate = copy.deepcopy(module).double()
+            if run is not None:
+                candidate.run = run  # type: ignore[assignment]
+            error = float(torch.linalg.vector_norm(candidate(x.double()) - expected))
+            scale = float(torch.linalg.vector_norm(expected))
+            if not error <= TOLERANCE * scale + torch.finfo(torch.float32).tiny:
+                raise RuntimeError(
+                    f"Layer {name!r}: the extracted layer's output differs from the projected one's by "
+                    f"{error / max(scale, 1e-300):.1e} of its norm; expected at most {TOLERANCE:.0e}. The weights have "
+                    "changed since they were projected, or this is a bug of lowrank_pl"
+                )
+
+
+@torch.no_grad()
+def _faster_run(module: TiledLayer, x: Tensor) -> Any:
+    """Which of its two ways of running takes less time on this device."""
+    times = {}
+    trial = copy.deepcopy(module).eval()
+    for run in ("factors", "dense"):
+        trial.run = run  # type: ignore[assignment]
+        timer = benchmark.Timer("layer(x)", globals={"layer": trial, "x": x.to(trial.left[0].dtype)})
+        times[run] = timer.blocked_autorange(min_run_time=0.02).median
+    return min(times, key=times.__getitem__)
+

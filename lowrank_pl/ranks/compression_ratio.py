@@ -1,0 +1,39 @@
+"""So many times fewer parameters in every layer."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from lowrank_pl.decompositions import Rank
+from lowrank_pl.ranks.base import RankProblem, RankRule
+
+
+@final
+@dataclass(frozen=True)
+class CompressionRatio(RankRule):
+    """The largest rank with at least x times fewer weights, layer by layer; rank 1 where even that has more.
+
+    Where the rank has several entries, they grow together, as fractions of the full rank.
+    """
+
+    x: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.x, bool) or not isinstance(self.x, (int, float)) or not self.x >= 1:
+            raise ValueError(f"Expected argument `x` to be a ratio of at least 1, such as 2.0, but got {self.x!r}")
+
+    def __call__(self, problems: Sequence[RankProblem], error_weight: float = 1.0) -> list[Rank]:
+        return [self._largest(problem) for problem in problems]
+
+    def note(self, problem: RankProblem, rank: Rank) -> str | None:
+        ratio = problem.layer.num_weights / problem.num_weights(rank)
+        return f"rank 1 reaches {ratio:.2f}x only" if ratio < self.x else None
+
+    def _largest(self, problem: RankProblem) -> Rank:
+        steps = sorted({i / most for most in problem.full for i in range(1, most + 1)})
+        budget = problem.layer.num_weights / self.x
+        fitting = bisect.bisect_right(steps, budget, key=lambda step: problem.num_weights(problem.at_fraction(step)))
+        return problem.at_fraction(steps[max(fitting - 1, 0)])

@@ -1,0 +1,44 @@
+"""A share of the norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from lowrank_pl.decompositions import Rank
+from lowrank_pl.ranks.base import RankProblem, RankRule
+
+
+@final
+@dataclass(frozen=True)
+class EnergyThreshold(RankRule):
+    """The smallest rank with `||W - W_r||_F <= (1 - p) ||W||_F`: baseline 2 of Idelbayev & Carreira-Perpinan (2020).
+
+    Where the rank has several entries (Tucker-2), the fewest weights among the ranks whose error bound keeps to it.
+    """
+
+    p: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.p, bool) or not isinstance(self.p, (int, float)) or not 0 < self.p < 1:
+            raise ValueError(f"Expected argument `p` to be a share in (0, 1) but got {self.p!r}")
+
+    def __call__(self, problems: Sequence[RankProblem], error_weight: float = 1.0) -> list[Rank]:
+        return [self._smallest(problem) for problem in problems]
+
+    def _smallest(self, problem: RankProblem) -> Rank:
+        tails = [spectrum.cpu() for spectrum in problem.spectra]
+        allowed = (1 - self.p) ** 2 * float(tails[0][0])
+        if len(tails) == 1:
+            return (max(int((tails[0] > allowed).sum()), 1),)
+        # Going along the first entry, the smallest second one that the rest of the error allows.
+        candidates = []
+        for first in range(1, len(tails[0])):
+            left = allowed - float(tails[0][first])
+            if left >= 0:
+                second = int(torch.searchsorted(-tails[1].contiguous(), -left))
+                candidates.append((first, min(max(second, 1), problem.full[1])))
+        return min(candidates, key=lambda rank: (problem.num_weights(rank), rank))

@@ -1,0 +1,28 @@
+"""The same rank everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from lowrank_pl.decompositions import Rank
+from lowrank_pl.ranks.base import RankProblem, RankRule
+
+
+@final
+@dataclass(frozen=True)
+class FixedRank(RankRule):
+    """Every entry of the rank is r, or the layer's full rank where that is smaller."""
+
+    r: int
+
+    def __post_init__(self) -> None:
+        if type(self.r) is not int or self.r < 1:
+            raise ValueError(f"Expected argument `r` to be an int of at least 1 but got {self.r!r}")
+
+    def __call__(self, problems: Sequence[RankProblem], error_weight: float = 1.0) -> list[Rank]:
+        return [tuple(min(self.r, most) for most in problem.full) for problem in problems]
+
+    def note(self, problem: RankProblem, rank: Rank) -> str | None:
+        return f"rank {self.r} lowered to the full rank" if self.r > min(problem.full) else None

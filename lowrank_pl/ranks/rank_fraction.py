@@ -1,0 +1,25 @@
+"""A fraction of the full rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from lowrank_pl.decompositions import Rank
+from lowrank_pl.ranks.base import RankProblem, RankRule
+
+
+@final
+@dataclass(frozen=True)
+class RankFraction(RankRule):
+    """Every entry of the full rank times `R_c`, rounded, at least 1: the `R_c` of Lee et al. (2019), section 3."""
+
+    R_c: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.R_c, bool) or not isinstance(self.R_c, (int, float)) or not 0 < self.R_c <= 1:
+            raise ValueError(f"Expected argument `R_c` to be a fraction in (0, 1] but got {self.R_c!r}")
+
+    def __call__(self, problems: Sequence[RankProblem], error_weight: float = 1.0) -> list[Rank]:
+        return [problem.at_fraction(self.R_c) for problem in problems]

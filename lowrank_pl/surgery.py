@@ -1,0 +1,161 @@
+"""The only place that touches a module tree: find layers, listen to one batch, copy, replace."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from lowrank_pl.layers import LAYER_TYPES
+
+SAMPLES = 2  # inputs kept per layer, to verify the extracted layer on
+
+
+def clean_name(name: str) -> str:
+    """A module's dotted name without what `torch.compile` adds."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def find_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer and convolution by its dotted name, in the order of registration, shared ones once."""
+    return {clean_name(name): module for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)}
+
+
+def obstacle(model: nn.Module, layer: nn.Module) -> str | None:
+    """Why this layer can be neither projected nor replaced, whatever the decomposition; None if it can."""
+    if isinstance(layer, LazyModuleMixin):
+        return "lazy: its shape is not known yet"
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        return "its weight is parametrized"
+    owners = [m for m in model.modules() for p in m._parameters.values() if p is layer.weight]
+    if len(owners) > 1:
+        return "its weight is tied to another module's"
+    if any(isinstance(m, nn.MultiheadAttention) and layer in (m.out_proj,) for m in model.modules()):
+        return "never called: attention reads its weight directly"
+    if type(layer) not in LAYER_TYPES and type(layer).forward not in {kind.forward for kind in LAYER_TYPES}:
+        return f"a {type(layer).__name__} with a forward of its own"
+    return None
+
+
+@dataclass
+class Trace:
+    """Which layers ran on one batch, in which order, on inputs of which shape."""
+
+    # name -> {spatial size: vectors in the batch}; plain containers, since callbacks store it in checkpoints
+    calls: dict[str, dict[tuple[int, ...], int]] = field(default_factory=dict)
+    samples: dict[str, Tensor] = field(default_factory=dict)
+    odd: dict[str, str] = field(default_factory=dict)
+    batch: int = 1
+
+    def inputs(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """`LayerSpec.inputs` for one input of the network (for the whole batch, where some count does not divide)."""
+        counts = [Fraction(n, self.batch) for sizes in self.calls.values() for n in sizes.values()]
+        batch = self.batch if all(n.denominator == 1 for n in counts) else 1
+        return tuple((n // batch, *size) for size, n in self.calls.get(name, {}).items())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers, without the samples."""
+        calls = [[name, [[*size, n] for size, n in sizes.items()]] for name, sizes in self.calls.items()]
+        return {"calls": calls, "odd": dict(self.odd), "batch": self.batch}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Trace:
+        """The inverse of `state_dict`."""
+        calls = {name: {tuple(size): n for *size, n in sizes} for name, sizes in state["calls"]}
+        return cls(calls=calls, odd=dict(state["odd"]), batch=state["batch"])
+
+
+class Recorder:
+    """Listens to the layers of a model while its own code runs a batch; `stop()` gives the `Trace`.
+
+    Compiled code runs eagerly meanwhile, since it would not call hooks, or would be compiled with them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._trace, self._stack = Trace(), ExitStack()
+        self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for name, layer in find_layers(model).items():
+            handle = layer.register_forward_hook(self._listener(name), with_kwargs=True)
+            self._stack.callback(handle.remove)
+
+    def stop(self) -> Trace:
+        self._stack.close()
+        return self._trace
+
+    def _listener(self, name: str) -> Callable[..., None]:
+        def hear(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                return  # a second forward inside backward: activation checkpointing
+            x = args[0] if args else kwargs.get("input")
+            if not isinstance(x, Tensor) or len(args) + len(kwargs) > 1:
+                self._trace.odd[name] = "called with more than one argument"
+            elif name not in self._trace.odd:
+                self._hear(name, layer, x.detach())
+
+        return hear
+
+    def _hear(self, name: str, layer: nn.Module, x: Tensor) -> None:
+        axes = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)  # type: ignore[arg-type]
+        batched = x.dim() > (axes + 1 if axes else 1)
+        if not self._trace.calls:  # the first layer's input tells the batch size
+            self._trace.batch = max(x.shape[0], 1) if batched else 1
+        x = x.reshape(-1, *x.shape[-axes - 1 :])
+        sizes = self._trace.calls.setdefault(name, {})
+        size = tuple(x.shape[2:])
+        sizes[size] = sizes.get(size, 0) + x.shape[0]
+        if name not in self._trace.samples:
+            self._trace.samples[name] = x[:SAMPLES].clone()
+
+
+def record(model: nn.Module, example_input: Any) -> Trace:
+    """The trace of one forward pass, in evaluation mode and without gradient; the model's mode is restored."""
+    recorder = Recorder(model)
+    try:
+        run(model, example_input)
+    finally:
+        trace = recorder.stop()
+    return trace
+
+
+def run(model: nn.Module, example_input: Any) -> Any:
+    """`model(example_input)`, or `model(*example_input)` for a tuple, evaluated without changing the model."""
+    modes = {module: module.training for module in model.modules()}
+    args = example_input if isinstance(example_input, tuple) else (example_input,)
+    try:
+        with torch.no_grad():
+            return model.eval()(*args)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def detached_copy(model: nn.Module, shared: tuple[Any, ...] = ()) -> nn.Module:
+    """A deep copy without what `torch.compile` wrapped around modules; objects in `shared` are not copied."""
+    memo: dict[int, Any] = {id(thing): thing for thing in shared}
+    for module in model.modules():
+        inner = getattr(module, "_orig_mod", None)
+        if isinstance(inner, nn.Module):
+            memo[id(module)] = copy.deepcopy(inner, memo)
+    return copy.deepcopy(model, memo)
+
+
+def replace_layers(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put new modules in place of old ones wherever they occur; returns the model, or what replaces it."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
+    return replacements.get(model, model)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """All parameters, tied ones once."""
+    return sum(math.prod(p.shape) for p in model.parameters())

@@ -1,0 +1,88 @@
+"""Which layers take part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import final
+
+from torch import nn
+
+from lowrank_pl.layers import LAYER_TYPES
+from lowrank_pl.surgery import Trace, find_layers
+
+_TYPE_NAMES = tuple(kind.__name__ for kind in LAYER_TYPES)
+
+
+@final
+@dataclass(frozen=True)
+class Targets:
+    """Layers by shell-style patterns on the whole dotted module name, by type and by size.
+
+    `types` holds class names such as `"Conv2d"`. `skip_first` leaves out the first convolution that runs, `skip_last`
+    the last linear layer that runs, `min_channels` convolutions with fewer input channels. The DeepTwist paper leaves
+    out the first convolution, and in VGG19 and ResNet-34 `min_channels=128`.
+    """
+
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    types: Sequence[str] | None = None
+    skip_first: bool = True
+    skip_last: bool = True
+    min_channels: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude", "types"):
+            value = getattr(self, name)
+            if value is None and name == "types":
+                continue
+            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+                raise TypeError(f"Expected argument `{name}` to be a list of strings but got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        unknown = sorted(set(self.types or ()) - set(_TYPE_NAMES))
+        if unknown:
+            raise ValueError(f"Expected argument `types` to hold names from {_TYPE_NAMES} but got {unknown}")
+        if self.min_channels < 0:
+            raise ValueError(f"Expected argument `min_channels` to be at least 0 but got {self.min_channels}")
+
+    def left_out(self, model: nn.Module, trace: Trace | None) -> dict[str, str]:
+        """The layers that do not take part, and why. Without a trace, the order of registration stands for the order
+        of running. Raises `ValueError` for a pattern that matches no layer."""
+        layers = find_layers(model)
+        check_patterns((*self.include, *self.exclude), layers, "targets")
+        order = [name for name in (trace.calls if trace else layers) if name in layers]
+        convolutions = [name for name in order if not isinstance(layers[name], nn.Linear)]
+        linears = [name for name in order if isinstance(layers[name], nn.Linear)]
+        first = convolutions[:1] if self.skip_first else []
+        last = linears[-1:] if self.skip_last else []
+        reasons = {}
+        for name, layer in layers.items():
+            if not matches(name, self.include) or matches(name, self.exclude):
+                reasons[name] = "not among the targets"
+            elif self.types is not None and not any(kind.__name__ in self.types for kind in type(layer).__mro__):
+                reasons[name] = f"not of type {' or '.join(self.types)}"
+            elif name in first:
+                reasons[name] = "the first convolution"
+            elif name in last:
+                reasons[name] = "the last linear layer"
+            elif not isinstance(layer, nn.Linear) and layer.in_channels < self.min_channels:  # type: ignore[operator]
+                reasons[name] = f"fewer than {self.min_channels} input channels"
+        return reasons
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a dotted name matches one of the patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_patterns(patterns: Iterable[str], names: Iterable[str], argument: str) -> None:
+    """Raise `ValueError` for a pattern that matches none of the names."""
+    known = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            some = ", ".join(known[:6]) + (", ..." if len(known) > 6 else "") if known else "none at all"
+            raise ValueError(
+                f"Pattern {pattern!r} in `{argument}` matches no linear layer or convolution; the network has {some}. "
+                "Patterns are compared with the whole dotted name: try a leading '*'."
+            )
