@@ -1,0 +1,52 @@
+"""Low-rank compression of neural networks while they train, as PyTorch Lightning callbacks.
+
+Names are imported when first used, so that the command line starts without PyTorch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "lowrank_pl.callbacks": ("DeepTwist", "ExtractStructure"),
+    "lowrank_pl.compression": ("make_plan",),
+    "lowrank_pl.extraction": ("compress",),
+    "lowrank_pl.storage": ("load_compressed", "save_compressed"),
+    "lowrank_pl.report": ("Report", "summarize"),
+    "lowrank_pl.decompositions": ("SVD", "BlockSVD", "SpatialSVD", "TiledSVD", "Tucker2"),
+    "lowrank_pl.ranks": ("CompressionRatio", "EnergyThreshold", "FixedRank", "RankFraction"),
+    "lowrank_pl.targets": ("Targets",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = [  # noqa: PLE0604
+    "SVD",
+    "BlockSVD",
+    "CompressionRatio",
+    "DeepTwist",
+    "EnergyThreshold",
+    "ExtractStructure",
+    "FixedRank",
+    "RankFraction",
+    "Report",
+    "SpatialSVD",
+    "Targets",
+    "TiledSVD",
+    "Tucker2",
+    "__version__",
+    "compress",
+    "load_compressed",
+    "make_plan",
+    "save_compressed",
+    "summarize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'lowrank_pl' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

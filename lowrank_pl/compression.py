@@ -68,7 +68,7 @@ class Plan:
 
         Raises `ValueError` that names the layer for weights that are not finite.
         """
-        self._check_finite()
+        self.check_finite()
         ranks: dict[str, Rank] = {}
         for rule in dict.fromkeys(id(c.rule) for c in self.compressions):
             members = [c for c in self.compressions if id(c.rule) == rule]
@@ -78,7 +78,7 @@ class Plan:
 
     def factor(self, ranks: Mapping[str, Rank]) -> dict[str, Structure]:
         """The projection of every target at these ranks; `Dense` where the factors would not be cheaper."""
-        self._check_finite()
+        self.check_finite()
         structures: dict[str, Structure] = {}
         for c in self.compressions:
             try:
@@ -109,7 +109,8 @@ class Plan:
             rows.append(Row(name, describe(c.decomposition), rank, spec.num_weights, weights, note))
         return rows
 
-    def _check_finite(self) -> None:
+    def check_finite(self) -> None:
+        """Raise `ValueError` with the layer's name if a target's weight holds NaN or Inf."""
         for c in self.compressions:
             if not torch.isfinite(c.weight).all():
                 raise ValueError(

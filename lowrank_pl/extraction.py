@@ -43,15 +43,20 @@ def compress(
 
 
 def extract(
-    model: nn.Module, plan: Plan, structures: Mapping[str, Structure], trace: Trace | None = None
+    model: nn.Module,
+    plan: Plan,
+    structures: Mapping[str, Structure],
+    trace: Trace | None = None,
+    shared: tuple[Any, ...] = (),
 ) -> nn.Module:
     """A deep copy of `model` with a module of factors for every structure that is not dense.
 
     Each is compared in float64 with the layer that it replaces, at the projected weight, on inputs from the trace (on
     random ones where there are none): `RuntimeError` with the layer's name if outputs differ by more than 1e-4. A
-    record of what was done, in plain types, is left on the copy for `save_compressed` and `summarize`.
+    record of what was done, in plain types, is left on the copy for `save_compressed` and `summarize`. Objects in
+    `shared`, such as a trainer, are not copied.
     """
-    extracted = detached_copy(model)
+    extracted = detached_copy(model, shared)
     layers = find_layers(extracted)
     replacements: dict[nn.Module, nn.Module] = {}
     entries: dict[str, Any] = {}

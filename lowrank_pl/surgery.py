@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -54,6 +55,8 @@ class Trace:
     samples: dict[str, Tensor] = field(default_factory=dict)
     odd: dict[str, str] = field(default_factory=dict)
     batch: int = 1
+    # what the whole model, or one of its children, was called with: a few inputs of the batch
+    arguments: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def inputs(self, name: str) -> tuple[tuple[int, ...], ...]:
         """`LayerSpec.inputs` for one input of the network (for the whole batch, where some count does not divide)."""
@@ -81,7 +84,11 @@ class Recorder:
 
     def __init__(self, model: nn.Module) -> None:
         self._trace, self._stack = Trace(), ExitStack()
-        self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
+            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for name, module in [("", model), *model.named_children()]:
+            handle = module.register_forward_pre_hook(self._argument_listener(clean_name(name)))
+            self._stack.callback(handle.remove)
         for name, layer in find_layers(model).items():
             handle = layer.register_forward_hook(self._listener(name), with_kwargs=True)
             self._stack.callback(handle.remove)
@@ -89,6 +96,13 @@ class Recorder:
     def stop(self) -> Trace:
         self._stack.close()
         return self._trace
+
+    def _argument_listener(self, name: str) -> Callable[..., None]:
+        def hear(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and all(isinstance(x, Tensor) and x.dim() for x in args):
+                self._trace.arguments.setdefault(name, tuple(x[:SAMPLES].detach().clone() for x in args))
+
+        return hear
 
     def _listener(self, name: str) -> Callable[..., None]:
         def hear(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
@@ -141,10 +155,21 @@ def detached_copy(model: nn.Module, shared: tuple[Any, ...] = ()) -> nn.Module:
     """A deep copy without what `torch.compile` wrapped around modules; objects in `shared` are not copied."""
     memo: dict[int, Any] = {id(thing): thing for thing in shared}
     for module in model.modules():
+        for tensor in _tensors([value for key, value in vars(module).items() if not key.startswith("_")]):
+            if not tensor.is_leaf:  # a loss kept as an attribute, say, which refuses to be copied
+                memo[id(tensor)] = tensor.detach().clone()
         inner = getattr(module, "_orig_mod", None)
         if isinstance(inner, nn.Module):
             memo[id(module)] = copy.deepcopy(inner, memo)
     return copy.deepcopy(model, memo)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def replace_layers(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:

@@ -1,0 +1,7 @@
+"""Lightning callbacks."""
+
+from lowrank_pl.callbacks.compression_callback import CompressionCallback
+from lowrank_pl.callbacks.deeptwist import DeepTwist
+from lowrank_pl.callbacks.extract_structure import ExtractStructure
+
+__all__ = ["CompressionCallback", "DeepTwist", "ExtractStructure"]

@@ -1,0 +1,89 @@
+"""The plain module at the end of a fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+from torch import nn
+
+from lowrank_pl.callbacks.compression_callback import CompressionCallback
+from lowrank_pl.extraction import RECORD, extract
+from lowrank_pl.report import Report, summarize
+from lowrank_pl.storage import save_compressed
+from lowrank_pl.surgery import Trace, detached_copy, find_layers
+
+
+class ExtractStructure(pl.Callback):
+    """When the fit has ended: `extracted`, a copy of the network with modules of factors, and `report`, its table.
+
+    Needs a compressing callback such as `DeepTwist` beside it, in any order; takes the factors of its last projection.
+    With `submodule`, a dotted name such as `"net"`, that part of the LightningModule is what is extracted; else all of
+    it. With `dirpath` it is saved there, for `load_compressed`.
+    """
+
+    def __init__(self, dirpath: str | Path | None = None, submodule: str | None = None) -> None:
+        self.dirpath, self.submodule = dirpath, submodule
+        self.extracted: nn.Module | None = None
+        self.report: Report | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._method(trainer)
+        if self.submodule is not None and self.submodule not in dict(pl_module.named_modules()):
+            raise ValueError(
+                f"Expected argument `submodule` to name a part of {type(pl_module).__name__} but got "
+                f"{self.submodule!r}; it has {', '.join(name for name, _ in pl_module.named_children())}"
+            )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._extract(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt) and self._method(trainer).trace is not None:
+            self._extract(trainer, pl_module)
+
+    def _extract(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        method = self._method(trainer)
+        method.close(trainer, pl_module)
+        assert method.plan is not None
+        assert method.distortion is not None
+        whole = extract(pl_module, method.plan, method.distortion.structures, method.trace, shared=(trainer,))
+        for module in whole.modules():
+            if isinstance(module, pl.LightningModule):
+                module._trainer = None
+        self.extracted = _part(whole, self.submodule or "")
+        self.report = _report(pl_module, whole, self.submodule or "", method.trace)
+        if self.dirpath is not None and trainer.is_global_zero:
+            save_compressed(self.extracted, self.dirpath)
+
+    def _method(self, trainer: pl.Trainer) -> CompressionCallback:
+        methods = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]  # type: ignore[attr-defined]
+        if len(methods) != 1:
+            raise ValueError(
+                "ExtractStructure needs exactly one compressing callback beside it, such as "
+                f"DeepTwist(), but the Trainer has {len(methods)}"
+            )
+        return methods[0]
+
+
+def _part(whole: nn.Module, name: str) -> nn.Module:
+    """A submodule with its share of the record, under its own names."""
+    if not name:
+        return whole
+    record, part = getattr(whole, RECORD), whole.get_submodule(name)
+    shares = {
+        key: {n.removeprefix(f"{name}."): value for n, value in entries.items() if n.startswith(f"{name}.")}
+        for key, entries in record.items()
+    }
+    setattr(part, RECORD, shares)
+    return part
+
+
+def _report(pl_module: pl.LightningModule, whole: nn.Module, name: str, trace: Trace | None) -> Report:
+    """On the inputs that the module itself was seen to be called with, or else its largest child that was."""
+    dense = detached_copy(pl_module, shared=(pl_module.trainer,))
+    arguments = trace.arguments if trace else {}
+    called = [child for child in arguments if child.startswith(name) or not name]
+    if called and name not in arguments:
+        name = max(called, key=lambda child: len(find_layers(dense.get_submodule(child))))
+    return summarize(dense.get_submodule(name), _part(whole, name), arguments.get(name))

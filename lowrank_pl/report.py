@@ -1,0 +1,237 @@
+"""What a network costs, dense beside compressed: parameters, MACs, seconds; and tables of it."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowrank_pl.compression import Row
+from lowrank_pl.extraction import RECORD
+from lowrank_pl.surgery import find_layers, num_parameters, record, run
+
+BATCHES = (1, 32)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters; MACs for one input; milliseconds for a batch, by batch size. None where it was not measured."""
+
+    params: int
+    macs: int | None = None
+    latency_ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One layer, dense and as deployed, and why it is as it is."""
+
+    name: str
+    structure: str
+    dense: Size
+    compressed: Size
+    note: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """A network dense and compressed, in total and layer by layer. MACs are multiply-adds for one input; latency is the
+    median of interleaved runs on `device` with `threads` threads."""
+
+    dense: Size
+    compressed: Size
+    layers: list[LayerSize]
+    device: str
+    threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return asdict(self)
+
+    def to_markdown(self, **accuracy: tuple[float, float]) -> str:
+        """Two tables: the network, with further rows such as `accuracy=(dense, compressed)`, and its layers."""
+        head = ["| | dense | compressed | ratio |", "|---|---:|---:|---:|"]
+        head += [f"| {' | '.join(row)} |" for row in self._totals(accuracy)]
+        body = [f"| {' | '.join(_LAYER_COLUMNS)} |", "|---|---|---:|---:|---:|---:|---:|---:|---|"]
+        body += [f"| {' | '.join(row)} |" for row in self._layer_rows()]
+        return "\n".join([*head, "", f"*{self._caption()}*", "", *body, ""])
+
+    def to_table(self, **accuracy: tuple[float, float]) -> Table:
+        """The network's totals, for a terminal."""
+        table = Table("", box=box.SIMPLE_HEAD, title="Dense beside compressed", caption=self._caption())
+        for column in ("dense", "compressed", "ratio"):
+            table.add_column(column, justify="right")
+        for row in self._totals(accuracy):
+            table.add_row(*row)
+        return table
+
+    def layer_table(self) -> Table:
+        """Layer by layer, for a terminal."""
+        table = Table(box=box.SIMPLE_HEAD, title="Layer by layer", pad_edge=False)
+        for i, column in enumerate(_LAYER_COLUMNS):
+            table.add_column(column, justify="right" if 2 <= i < 8 else "left", overflow="fold")
+        for row in self._layer_rows():
+            table.add_row(*row)
+        return table
+
+    def _caption(self) -> str:
+        threads = "thread" if self.threads == 1 else "threads"
+        return f"MACs: multiply-adds for one input. Latency: median, {self.device}, {self.threads} {threads}, float32."
+
+    def _totals(self, accuracy: dict[str, tuple[float, float]]) -> list[list[str]]:
+        rows = [[name, f"{100 * a:.2f} %", f"{100 * b:.2f} %", f"{100 * (b - a):+.2f}"] for name, (a, b) in accuracy.items()]
+        rows.append(["parameters", *_pair(self.dense.params, self.compressed.params)])
+        if self.dense.macs and self.compressed.macs:
+            rows.append(["MACs", *_pair(self.dense.macs, self.compressed.macs)])
+        for batch, ms in self.dense.latency_ms.items():
+            other = self.compressed.latency_ms[batch]
+            rows.append([f"latency, batch {batch}", f"{ms:.2f} ms", f"{other:.2f} ms", f"{ms / other:.2f}x"])
+        return rows
+
+    def _layer_rows(self) -> list[list[str]]:
+        rows = []
+        for layer in self.layers:
+            times = [
+                " / ".join(f"{ms:.2f}" for ms in size.latency_ms.values()) for size in (layer.dense, layer.compressed)
+            ]
+            counts = [f"{layer.dense.params:,}", f"{layer.compressed.params:,}", _count(layer.dense.macs),
+                      _count(layer.compressed.macs)]  # fmt: skip
+            rows.append([layer.name, layer.structure, *counts, *times, layer.note])
+        return rows
+
+
+_LAYER_COLUMNS = ("layer", "structure", "params", "to", "MACs", "to", "ms, batch 1 / 32", "to", "note")
+
+
+def summarize(dense: nn.Module, compressed: nn.Module, example_input: Any = None, latency: bool = True) -> Report:
+    """Count and time a network and its compressed copy side by side.
+
+    `example_input` is a batch (a tensor, or a tuple of arguments), on the networks' device; MACs are counted by
+    PyTorch's own counter on its first element. Without it, or with `latency=False`, nothing is timed. Both networks
+    are left as they were.
+    """
+    names = find_layers(dense)
+    entry = getattr(compressed, RECORD, {"layers": {}, "notes": {}})
+    parts = {name: (layer, compressed.get_submodule(name)) for name, layer in names.items()}
+    if example_input is None:
+        sizes = {name: (_size(a), _size(b)) for name, (a, b) in parts.items()}
+        total = _size(dense), _size(compressed)
+    else:
+        arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+        total = _measure((dense, compressed), arguments, latency)
+        samples = record(dense, example_input).samples
+        sizes = {
+            name: _measure(pair, (samples[name],), latency) if name in samples else (_size(pair[0]), _size(pair[1]))
+            for name, pair in parts.items()
+        }
+    layers = [
+        LayerSize(name, _structure_name(entry["layers"].get(name)), *sizes[name], entry["notes"].get(name, ""))
+        for name in parts
+    ]
+    parameter = next(dense.parameters(), torch.zeros(()))
+    return Report(*total, layers, _device_name(parameter.device), torch.get_num_threads())
+
+
+def print_plan(rows: Sequence[Row], console: Console | None = None) -> None:
+    """The table of a plan: every layer, its structure and rank, or why it stays dense."""
+    table = Table(box=box.SIMPLE_HEAD, title="Low-rank structures", pad_edge=False)
+    for column, justify in (("layer", "left"), ("structure", "left"), ("rank", "right"), ("weights", "right"),
+                            ("to", "right"), ("ratio", "right"), ("note", "left")):  # fmt: skip
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        rank = "" if row.rank is None else ", ".join(map(str, row.rank))
+        ratio = "" if row.rank is None else f"{row.dense_weights / row.weights:.2f}x"
+        table.add_row(row.name, row.structure, rank, f"{row.dense_weights:,}", f"{row.weights:,}", ratio, row.note)
+    weights, to = sum(row.dense_weights for row in rows), sum(row.weights for row in rows)
+    table.add_section()
+    table.add_row("all", "", "", f"{weights:,}", f"{to:,}", f"{weights / max(to, 1):.2f}x", "biases and norms apart")
+    (console or Console()).print(table)
+
+
+def median_ms(functions: Sequence[Callable[[], Any]], seconds: float = 0.1, rounds: int = 5) -> list[float]:
+    """Median milliseconds of each function, timed in turns so that a busy machine slows all alike."""
+    timers = [Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+              for function in functions]  # fmt: skip
+    times: list[list[float]] = [[] for _ in timers]
+    for _ in range(rounds):
+        for timer, kept in zip(timers, times, strict=True):
+            kept.append(timer.blocked_autorange(min_run_time=seconds / rounds).median)
+    return [1e3 * statistics.median(kept) for kept in times]
+
+
+def _measure(pair: tuple[nn.Module, nn.Module], arguments: tuple[Any, ...], latency: bool) -> tuple[Size, Size]:
+    """Both modules on the same arguments: MACs on one input, latency by batch size."""
+    trials = [copy.deepcopy(module).eval() for module in pair]
+    macs = [_count_macs(trial, _batch(arguments, 1)) for trial in trials]
+    times: dict[str, list[float]] = {}
+    for size in BATCHES if latency else ():
+        batch = _batch(arguments, size)
+        times[str(size)] = median_ms([_runner(trial, batch) for trial in trials])
+    sizes = [
+        Size(num_parameters(module), macs[i], {size: ms[i] for size, ms in times.items()})
+        for i, module in enumerate(pair)
+    ]
+    return sizes[0], sizes[1]
+
+
+def _runner(module: nn.Module, batch: tuple[Any, ...]) -> Callable[[], Any]:
+    @torch.inference_mode()
+    def call() -> None:
+        module(*batch)
+
+    return call
+
+
+def _count_macs(module: nn.Module, batch: tuple[Any, ...]) -> int:
+    run(module, batch)  # a layer that rebuilds its dense weight has done so before anything is counted
+    with FlopCounterMode(display=False) as counter:
+        run(module, batch)
+    return counter.get_total_flops() // 2
+
+
+def _batch(arguments: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+    """The arguments with so many inputs, repeated as needed."""
+    return tuple(x[torch.arange(size) % len(x)] if isinstance(x, Tensor) else x for x in arguments)
+
+
+def _size(module: nn.Module) -> Size:
+    return Size(num_parameters(module))
+
+
+def _structure_name(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return "dense"
+    structure = entry["structure"]
+    if structure["kind"] == "tiles":
+        return f"tiles of {structure['tile']}, rank {structure['rank']}"
+    return " > ".join(_stage_name(stage) for stage in structure["stages"])
+
+
+def _stage_name(stage: dict[str, Any]) -> str:
+    kernel = "x".join(map(str, stage["kernel"]))
+    groups = f" /{stage['groups']}" if stage["groups"] > 1 else ""
+    return f"{kernel} {stage['out_channels']}{groups}".strip()
+
+
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
+
+
+def _pair(a: int, b: int) -> list[str]:
+    return [f"{a:,}", f"{b:,}", f"{a / b:.2f}x"]

@@ -1,0 +1,151 @@
+"""Compressed networks on disk: `model.safetensors` and `structure.json`, no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from lowrank_pl.decompositions import module_from_dict
+from lowrank_pl.extraction import RECORD
+from lowrank_pl.layers import spec_of
+from lowrank_pl.surgery import detached_copy, find_layers, replace_layers
+
+FORMAT = 1
+
+
+def save_compressed(model: nn.Module, dirpath: str | Path) -> None:
+    """Write what `compress` or `ExtractStructure` made into a folder, each file whole or not at all.
+
+    The bytes depend on the network alone. Raises `ValueError` for a module that carries no record of its structure.
+    """
+    record = getattr(model, RECORD, None)
+    if record is None:
+        raise ValueError(
+            "Expected a network from compress() or ExtractStructure, which know its structure, but this "
+            f"{type(model).__name__} carries no record of one"
+        )
+    weights = save({name: tensor.detach().contiguous().cpu().clone() for name, tensor in _state(model).items()})
+    structure = {"format": FORMAT, "sha256": hashlib.sha256(weights).hexdigest(), **record}
+    folder = Path(dirpath)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_files({
+        folder / "model.safetensors": weights,
+        folder / "structure.json": json.dumps(structure, indent=1, sort_keys=True).encode(),
+    })  # fmt: skip
+
+
+def load_compressed(model: nn.Module, dirpath: str | Path) -> nn.Module:
+    """The compressed network from a folder and a fresh dense instance of the same network, which is unchanged.
+
+    Names, shapes and checksums are compared before anything is allocated. Raises `FileNotFoundError` for a missing
+    file, `ValueError` for one that is truncated, altered or for another network.
+    """
+    folder = Path(dirpath)
+    for name in ("structure.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"Expected a folder written by save_compressed but {folder / name} is missing")
+    structure = _read_structure(folder / "structure.json")
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if digest != structure["sha256"]:
+        raise ValueError(
+            f"{folder / 'model.safetensors'} is truncated or altered: its checksum is not the one in structure.json. "
+            "Save the network again"
+        )
+    skeleton = _rebuild(model, structure["layers"], folder)
+    tensors = _read_tensors(folder / "model.safetensors", _state(skeleton))
+    with torch.no_grad():
+        for name, target in _state(skeleton).items():
+            if target.is_meta:
+                parent, _, leaf = name.rpartition(".")
+                parameter = nn.Parameter(tensors[name])
+                setattr(skeleton.get_submodule(parent), leaf, parameter)
+            else:
+                target.copy_(tensors[name])
+    setattr(skeleton, RECORD, {"layers": structure["layers"], "notes": structure["notes"]})
+    return skeleton
+
+
+def write_files(contents: dict[Path, bytes]) -> None:
+    """Write all files beside their places, then move them there: a failure on the way leaves the old ones."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
+    try:
+        for path, data in contents.items():
+            with open(temporary[path], "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, beside in temporary.items():
+            os.replace(beside, path)
+    finally:
+        for beside in temporary.values():
+            beside.unlink(missing_ok=True)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with tied tensors once, under their first name."""
+    seen: set[int] = set()
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name!r} in the network's state is a {type(tensor).__name__}; expected tensors only")
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            state[name] = tensor
+    return state
+
+
+def _read_structure(path: Path) -> dict[str, Any]:
+    try:
+        structure = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is truncated or altered: it is not JSON. Save the network again") from error
+    fields = {"format": int, "sha256": str, "layers": dict, "notes": dict}
+    if not isinstance(structure, dict) or any(not isinstance(structure.get(k), t) for k, t in fields.items()):
+        raise ValueError(f"{path} is altered: expected the keys {sorted(fields)}. Save the network again")
+    if structure["format"] != FORMAT:
+        raise ValueError(f"{path} has format {structure['format']}; this version of lowrank_pl reads format {FORMAT}")
+    return structure
+
+
+def _rebuild(model: nn.Module, entries: dict[str, Any], folder: Path) -> nn.Module:
+    """A copy of the dense network with empty modules, on the meta device, where the structure has factors."""
+    skeleton = detached_copy(model)
+    layers = find_layers(skeleton)
+    replacements = {}
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or not {"structure", "replaces", "bias"} <= set(entry):
+            raise ValueError(f"Layer {name!r} in {folder / 'structure.json'} is altered. Save the network again")
+        if name not in layers or entry["replaces"] != spec_of(layers[name]).to_dict():
+            raise ValueError(
+                f"{folder} is for another network: layer {name!r} is {entry['replaces']} there and "
+                f"{spec_of(layers[name]).to_dict() if name in layers else 'missing'} here"
+            )
+        with torch.device("meta"):
+            replacements[layers[name]] = module_from_dict(entry["structure"], bool(entry["bias"]))
+    return replace_layers(skeleton, replacements).train(model.training)
+
+
+def _read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of the file, if their names and shapes are the expected ones."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+            different = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
+            if different:
+                name = different[0]
+                raise ValueError(
+                    f"{path} is for another network: {name!r} has shape {shapes.get(name)} there and "
+                    f"{wanted.get(name)} here ({len(different)} such tensors)"
+                )
+            return {name: file.get_tensor(name) for name in shapes}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or altered: {error}. Save the network again") from error
