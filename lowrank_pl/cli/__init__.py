@@ -1,0 +1,34 @@
+"""The command line. Starts without PyTorch and Hydra: each command is imported when it is called."""
+
+import sys
+from importlib import import_module
+
+_COMMANDS = {
+    "train": "train a network, compress it, extract and test it: a run directory with everything",
+    "bench": "measure what the callback, the projections and the command line cost on this machine",
+}
+_USAGE = """\
+usage: lowrank-pl COMMAND [arguments]
+
+Low-rank compression of neural networks while they train.
+
+commands:
+{commands}
+
+`lowrank-pl COMMAND --help` says more. Without arguments, `lowrank-pl train` compresses a ResNet-20 on
+scikit-learn's digits in about a minute.
+"""
+
+
+def main() -> None:
+    """The console script `lowrank-pl`."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        commands = "\n".join(f"  {name:8}{text}" for name, text in _COMMANDS.items())
+        sys.stdout.write(_USAGE.format(commands=commands))
+        return
+    command, *rest = arguments
+    if command not in _COMMANDS:
+        sys.exit(f"lowrank-pl: unknown command {command!r}; expected one of {', '.join(_COMMANDS)}")
+    sys.argv = [f"lowrank-pl {command}", *rest]
+    import_module(f"lowrank_pl.cli.{command}").main()

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class CifarResNet(nn.Module):
     """A ResNet of depth 6n + 2 with shortcuts without weights (He et al., option A).
 
-    Takes [N, C, H, W], gives logits [N, num_classes]. Parameter names are those of the widely used pre-trained
-    files (akamaster/pytorch_resnet_cifar10): `conv1`, `bn1`, `layer1.0.conv1`, ..., `linear`.
+    Takes [N, C, H, W], gives logits [N, num_classes]. Parameter names are those of the pre-trained networks
+    in akamaster/pytorch_resnet_cifar10: `conv1`, `bn1`, `layer1.0.conv1`, ..., `linear`.
     """
 
     def __init__(

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 def load_weights(net: nn.Module, file: str | Path) -> None:
     """Copy the tensors of a safetensors file into `net`, in place; the names and shapes must be the same.
 
-    Raises FileNotFoundError without the file, and ValueError, with `net` unchanged, for a file that does not fit.
+    Raises FileNotFoundError without the file, and ValueError, with `net` unchanged, if it does not fit.
     """
     if not Path(file).is_file():
-        raise FileNotFoundError(f"no weights at {file}: set `model.weights` to a safetensors file, or to null")
+        raise FileNotFoundError(
+            f"no weights at {file}: set `model.weights` to a safetensors file, or to null"
+        )
     try:
         state = load_file(file)
     except SafetensorError as error:

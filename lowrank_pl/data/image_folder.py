@@ -1,0 +1,103 @@
+"""The data module of images in folders, as ImageNet has them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torchvision import datasets, transforms
+
+from lowrank_pl.data.sampler import this_process
+
+
+class ImageFolder(LightningDataModule):
+    """`root/train/CLASS/*` and `root/val/CLASS/*`: files decoded by `workers` processes as they are needed.
+
+    Training images are cropped at random and flipped, the others scaled and cropped in their middle, to
+    `size` x `size`. `root/val` is the test set; `val_fraction` of the training images, always the same, are
+    for validation. After `setup()`: `input_shape` (C, H, W) and `num_classes`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        batch_size: int = 256,
+        eval_batch_size: int = 500,
+        workers: int = 8,
+        size: int = 224,
+        val_fraction: float = 0.0,
+        augment: bool = True,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"`val_fraction` must be in [0, 1), got {val_fraction}")
+        if min(batch_size, eval_batch_size, size) < 1 or workers < 0:
+            raise ValueError(
+                "batch sizes and `size` must be 1 or more, `workers` 0 or more; got "
+                f"{batch_size}, {eval_batch_size}, {size} and {workers}"
+            )
+        self.root, self.batch_size, self.eval_batch_size = root, batch_size, eval_batch_size
+        self.workers, self.size, self.val_fraction, self.seed = workers, size, val_fraction, seed
+        self.augment, self.mean, self.std = augment, list(mean), list(std)
+        self._train: Subset | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        if self._train is not None:
+            return
+        augmented, plain = self._folder("train", self.augment), self._folder("train", False)
+        self._test = self._folder("val", False)
+        if augmented.classes != self._test.classes:
+            raise ValueError(
+                f"the classes (folders) of train/ and val/ in {self.root!r} (`data.root`) differ: "
+                f"{sorted(set(augmented.classes) ^ set(self._test.classes))[:5]}"
+            )
+        order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0)).tolist()
+        held_back = round(len(plain) * self.val_fraction)
+        self._val = Subset(plain, order[:held_back])
+        self.input_shape, self.num_classes = (3, self.size, self.size), len(plain.classes)
+        self._train = Subset(augmented, order[held_back:])
+
+    def train_dataloader(self) -> DataLoader:
+        self.setup()
+        assert self._train is not None
+        return self._loader(self._train, self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        self.setup()
+        return self._loader(self._val, self.eval_batch_size, shuffle=False) if len(self._val) else []
+
+    def test_dataloader(self) -> DataLoader:
+        self.setup()
+        return self._loader(self._test, self.eval_batch_size, shuffle=False)
+
+    def _loader(self, images: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
+        rank, world_size = this_process()
+        return DataLoader(
+            images,
+            batch_size,
+            sampler=DistributedSampler(images, world_size, rank, shuffle, self.seed),
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.workers > 0,
+        )
+
+    def _folder(self, part: str, augment: bool) -> datasets.ImageFolder:
+        folder = Path(self.root, part)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"no folder {str(folder)!r}: set `data.root` to a folder with train/CLASS and val/CLASS"
+            )
+        return datasets.ImageFolder(folder, self._transform(augment))
+
+    def _transform(self, augment: bool) -> transforms.Compose:
+        geometry: list[object] = [transforms.Resize(round(self.size * 256 / 224))]
+        geometry.append(transforms.CenterCrop(self.size))
+        if augment:
+            geometry = [transforms.RandomResizedCrop(self.size), transforms.RandomHorizontalFlip()]
+        return transforms.Compose(
+            [*geometry, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
+        )

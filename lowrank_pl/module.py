@@ -1,0 +1,76 @@
+"""A classifier to train with Lightning. It knows nothing of compression."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class Classifier(LightningModule):
+    """Cross-entropy on the logits of `net`, for batches (images [N, C, H, W], labels int64 [N]).
+
+    Logs `train/loss` per epoch, and `loss` and `accuracy` (in [0, 1]) under `val/` and `test/`.
+
+    Arguments:
+        optimizer: makes the optimizer of the parameters it is given.
+        scheduler: makes a schedule that steps with the optimizer; called as `scheduler(optimizer,
+            total_steps=..., steps_per_epoch=...)`, see `lowrank_pl.schedules`.
+        channels_last: store images and convolutions channels-last, which is faster on many devices.
+        label_smoothing: in [0, 1), for training only.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[..., LRScheduler] | None = None,
+        channels_last: bool = False,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"`label_smoothing` must be in [0, 1), got {label_smoothing}")
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.net = net.to(memory_format=self.memory_format)
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.label_smoothing = label_smoothing
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images.contiguous(memory_format=self.memory_format))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+        images, labels = batch
+        logits = self(images)
+        correct = (logits.argmax(1) == labels).float().mean()
+        values = {f"{stage}/loss": F.cross_entropy(logits, labels), f"{stage}/accuracy": correct}
+        # means over all images: Lightning weights each batch by its size
+        self.log_dict(values, batch_size=len(labels), sync_dist=True, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.net.parameters())
+        if self.scheduler is None:
+            return optimizer
+        # the estimate first: it loads the data, and the number of batches is unknown before
+        total_steps = self.trainer.estimated_stepping_batches
+        batches = self.trainer.num_training_batches
+        steps_per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches)
+        scheduler = self.scheduler(optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

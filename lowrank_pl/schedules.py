@@ -1,0 +1,48 @@
+"""Learning-rate schedules that step with the optimizer.
+
+Each takes an optimizer, the number of its steps in the whole training (`inf` if there is no end), and the
+number of its steps in one epoch.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+
+def constant(optimizer: Optimizer, total_steps: float, steps_per_epoch: int) -> LRScheduler:
+    """The optimizer's own learning rate throughout."""
+    return _times(optimizer, lambda step: 1.0)
+
+
+def cosine(optimizer: Optimizer, total_steps: float, steps_per_epoch: int) -> LRScheduler:
+    """Half a cosine, from the optimizer's learning rate to 0 (Loshchilov & Hutter, ICLR 2017)."""
+    if not math.isfinite(total_steps):
+        raise ValueError("a cosine schedule needs an end: set `max_epochs` or `max_steps` of the Trainer")
+    return _times(optimizer, lambda step: (1 + math.cos(math.pi * min(step / total_steps, 1))) / 2)
+
+
+def step_decay(
+    optimizer: Optimizer,
+    total_steps: float,
+    steps_per_epoch: int,
+    milestones: Sequence[float] = (100, 150),
+    gamma: float = 0.1,
+) -> LRScheduler:
+    """Times `gamma` at each of the `milestones`, which are epochs."""
+    if list(milestones) != sorted(milestones) or min(milestones, default=0) < 0:
+        raise ValueError(f"`milestones` must be epochs that grow, got {list(milestones)}")
+    steps = [round(epoch * steps_per_epoch) for epoch in milestones]
+    return _times(optimizer, lambda step: gamma ** sum(step >= milestone for milestone in steps))
+
+
+def exponential(
+    optimizer: Optimizer, total_steps: float, steps_per_epoch: int, gamma: float = 0.99
+) -> LRScheduler:
+    """Times `gamma` after every epoch."""
+    return _times(optimizer, lambda step: gamma ** (step // steps_per_epoch))
+
+
+def _times(optimizer: Optimizer, factor: Callable[[int], float]) -> LRScheduler:
+    return LambdaLR(optimizer, factor)
