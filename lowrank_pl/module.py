@@ -40,6 +40,7 @@ class Classifier(LightningModule):
         self.net = net.to(memory_format=self.memory_format)
         self.optimizer, self.scheduler = optimizer, scheduler
         self.label_smoothing = label_smoothing
+        self._start_sum()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images.contiguous(memory_format=self.memory_format))
@@ -47,8 +48,21 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
+        self._loss_sum.add_(loss.detach(), alpha=len(labels))
+        self._images += len(labels)
         return loss
+
+    def on_train_start(self) -> None:
+        self._start_sum()
+
+    def on_train_epoch_end(self) -> None:
+        if self._images:
+            self.log("train/loss", self._loss_sum / self._images, sync_dist=True)
+        self._start_sum()
+
+    def _start_sum(self) -> None:
+        # our own sum, because `self.log` in every step takes longer than the step of a small network
+        self._loss_sum, self._images = torch.zeros((), device=self.device), 0
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate("val", batch)

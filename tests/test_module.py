@@ -31,9 +31,9 @@ def test_learns(tmp_path):
     loop.fit(module, data)
     logged = loop.callback_metrics
     assert set(logged) == {"train/loss", "val/loss", "val/accuracy"}
-    assert logged["val/accuracy"] > 0.7
+    assert logged["val/accuracy"] > 0.5  # by chance 0.1
     (tested,) = loop.test(module, data, verbose=False)
-    assert tested["test/accuracy"] > 0.7
+    assert tested["test/accuracy"] > 0.5  # by chance 0.1
 
 
 def test_metrics_are_means_over_images(tmp_path):
@@ -75,13 +75,13 @@ def test_channels_last():
     assert plain.net.conv2.weight.is_contiguous()
 
 
-def test_label_smoothing_only_in_training(tmp_path):
-    data = Digits(size=None, batch_size=2000)
+def test_loss_of_an_epoch_with_label_smoothing(tmp_path):
+    data = Digits(size=None, batch_size=1000)  # batches of 1,000 and 437
     net = LeNet300(input_shape=(1, 8, 8))
     module = Classifier(net, partial(torch.optim.SGD, lr=0.0), label_smoothing=0.2)
     loop = trainer(tmp_path, max_epochs=1)
     loop.fit(module, data)
-    ((images, labels),) = data.train_dataloader()
+    images, labels = map(torch.cat, zip(*data.train_dataloader(), strict=True))
     expected = F.cross_entropy(net(images), labels, label_smoothing=0.2).item()
     assert loop.callback_metrics["train/loss"].item() == pytest.approx(expected, rel=1e-5)
     (tested,) = loop.test(module, data, verbose=False)

@@ -109,7 +109,7 @@ def test_bad_arguments(arguments, message):
 def test_bad_for_these_images():
     with pytest.raises(ValueError, match=r"must have 3 numbers, one per channel, got \[0.5\], \[0.5\]"):
         Small(mean=[0.5], std=[0.5]).setup()
-    with pytest.raises(ValueError, match="0.001 of 100 training images leaves one of the sets empty"):
+    with pytest.raises(ValueError, match=r"0\.001 of 100 training images leaves one of the sets empty"):
         Small(val_fraction=0.001).setup()
 
 

@@ -27,7 +27,7 @@ def test_padding_is_black(images):
     """Zero before the normalization, as torchvision pads."""
     black = (torch.zeros(3, 1, 1) - 0.4) / 0.5
     x, _ = ImageSet(images, torch.arange(30), torch.tensor(0.4), torch.tensor(0.5), augment=True)[range(30)]
-    assert (x == black).flatten(1).float().mean() > 0.2
+    assert ((x - black).abs() < 1e-3).float().mean() > 0.2
 
 
 def test_one_index_is_refused(images):

@@ -1,10 +1,12 @@
 """The order of the images: by seed and epoch, shared out, and renewed by Lightning."""
 
+from itertools import chain
+
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lowrank_pl.data import EpochSampler
 
@@ -42,7 +44,7 @@ def test_without_shuffling():
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_shares_are_disjoint_and_cover(shuffle):
     shares = [epoch(EpochSampler(60, 8, shuffle, rank=rank, world_size=3), 1) for rank in range(3)]
-    assert sorted(sum(shares, [])) == list(range(60))
+    assert sorted(chain(*shares)) == list(range(60))
     assert [len(share) for share in shares] == [20, 20, 20]
 
 
@@ -50,8 +52,17 @@ def test_shares_are_disjoint_and_cover(shuffle):
 def test_shares_of_an_odd_number(size):
     samplers = [EpochSampler(size, 8, rank=rank, world_size=3) for rank in range(3)]
     shares = [epoch(sampler) for sampler in samplers]
-    assert set(sum(shares, [])) == set(range(size))
+    assert set(chain(*shares)) == set(range(size))
     assert len({len(share) for share in shares}) == len({len(sampler) for sampler in samplers}) == 1
+
+
+def test_share_of_this_process(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    assert epoch(EpochSampler(60, 8)) == epoch(EpochSampler(60, 8, rank=1, world_size=3))
+    # the type that Lightning leaves in place, where it would share out the others a second time
+    assert isinstance(EpochSampler(60, 8), DistributedSampler)
 
 
 def test_bad_arguments():

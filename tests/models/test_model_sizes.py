@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl.models import NIN, VGG, CifarResNet, LeNet5, LeNet300
 
-# network, image shape, weights without biases and norms, MACs for one image (of the papers; None: not printed)
+# network, its arguments, image shape, weights without biases and norms, MACs for one image
 NETWORKS = [
     (LeNet300, {}, (1, 28, 28), 266_200, 266_200),
     (LeNet5, {}, (1, 28, 28), 430_500, 2_293_000),

@@ -12,7 +12,8 @@ def test_round_trip(tmp_path):
     saved.bn1.running_mean.normal_()
     save_file(saved.state_dict(), tmp_path / "net.safetensors")
     load_weights(net, tmp_path / "net.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(saved.state_dict().values(), net.state_dict().values()))
+    loaded = net.state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in saved.state_dict().items())
 
 
 def test_files_from_before_num_batches_tracked(tmp_path):
