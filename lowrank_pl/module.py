@@ -62,7 +62,7 @@ class Classifier(LightningModule):
 
     def _start_sum(self) -> None:
         # our own sum, because `self.log` in every step takes longer than the step of a small network
-        self._loss_sum, self._images = torch.zeros((), device=self.device), 0
+        self._loss_sum, self._images = torch.zeros((), dtype=torch.float32, device=self.device), 0
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate("val", batch)

@@ -36,9 +36,9 @@ def test_sizes(network, arguments, shape, weights, macs):
 
 @pytest.mark.parametrize("network", [LeNet300, LeNet5, CifarResNet, VGG, NIN])
 def test_follows_the_data(network):
-    net = network(input_shape=(2, 40, 36), num_classes=7)
-    net(torch.rand(2, 2, 40, 36)).sum().backward()
-    assert net(torch.rand(3, 2, 40, 36)).shape == (3, 7)
+    net = network(input_shape=(2, 41, 38), num_classes=7)
+    net(torch.rand(2, 2, 41, 38)).sum().backward()
+    assert net(torch.rand(3, 2, 41, 38)).shape == (3, 7)
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
