@@ -32,7 +32,9 @@ class Compression:
 
     @property
     def weight(self) -> Tensor:
-        return self.module.weight.detach()  # type: ignore[operator, union-attr, return-value]
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
 
     @property
     def problem(self) -> RankProblem:
@@ -102,7 +104,7 @@ class Plan:
             c, rank = by_name[name], ranks[name]
             weights = count_weights(c.decomposition.stages(c.layer, rank))
             if not c.is_cheaper(rank):
-                note = f"{snake_case(type(c.decomposition).__name__)} of rank {rank} would not be cheaper: {weights:,}"
+                note = f"{describe(c.decomposition)} of rank {', '.join(map(str, rank))} has {weights:,}"
                 rows.append(Row(name, "dense", None, spec.num_weights, spec.num_weights, note))
                 continue
             note = c.rule.note(c.problem, rank) or ""
@@ -164,8 +166,8 @@ def make_plan(
 
 
 def describe(decomposition: Decomposition) -> str:
-    """The decomposition's name with its fields: `tiled_svd(tile=64)`."""
-    fields = ", ".join(f"{key}={value}" for key, value in vars(decomposition).items() if value is not None)
+    """The decomposition's name with the values of its fields: `tiled_svd(64)`."""
+    fields = ", ".join(str(value) for value in vars(decomposition).values() if value is not None)
     return snake_case(type(decomposition).__name__) + (f"({fields})" if fields else "")
 
 
@@ -193,5 +195,4 @@ def _idle(name: str, trace: Trace | None) -> str | None:
 
 
 def _frozen(module: nn.Module, training: bool) -> str | None:
-    return "frozen: requires_grad is False" if training and not module.weight.requires_grad else None  # type: ignore[union-attr]
-
+    return "frozen: requires_grad is False" if training and not module.weight.requires_grad else None

@@ -20,7 +20,7 @@ from lowrank_pl.targets import Targets
 TOLERANCE = 1e-4
 RECORD = "lowrank_pl_record"  # the attribute of an extracted module that says what was done to it
 
-_RUNS = {"factors": "runs from its factors", "dense": "stored as factors, runs as the dense weight"}
+_RUNS = {"factors": "runs from its factors", "dense": "stored as factors, runs dense"}
 
 
 def compress(
@@ -76,7 +76,10 @@ def extract(
         notes[c.name] = _RUNS[module.run] if isinstance(module, TiledLayer) else ""
         replacements[layer] = module
         entries[c.name] = {
-            "structure": {**structure.to_dict(), **({"run": module.run} if isinstance(module, TiledLayer) else {})},
+            "structure": {
+                **structure.to_dict(),
+                **({"run": module.run} if isinstance(module, TiledLayer) else {}),
+            },
             "replaces": c.layer.to_dict(),
             "bias": layer.bias is not None,
         }
@@ -105,7 +108,7 @@ def _verify(name: str, layer: nn.Module, projected: Tensor, module: nn.Module, x
     """In float64, so that neither TF32 nor the order of sums plays a part."""
     with torch.autocast(x.device.type, enabled=False):
         dense = copy.deepcopy(layer).double()
-        dense.weight.copy_(projected)  # type: ignore[operator, union-attr]
+        dense.weight.copy_(projected)  # type: ignore[operator]
         expected = dense(x.double())
         for run in ("factors", "dense") if isinstance(module, TiledLayer) else (None,):
             candidate = copy.deepcopy(module).double()
@@ -127,8 +130,7 @@ def _faster_run(module: TiledLayer, x: Tensor) -> Any:
     times = {}
     trial = copy.deepcopy(module).eval()
     for run in ("factors", "dense"):
-        trial.run = run  # type: ignore[assignment]
+        trial.run = run
         timer = benchmark.Timer("layer(x)", globals={"layer": trial, "x": x.to(trial.left[0].dtype)})
         times[run] = timer.blocked_autorange(min_run_time=0.02).median
     return min(times, key=times.__getitem__)
-

@@ -19,7 +19,11 @@ def draw_run(metrics: Path, figure: Path) -> None:
     with open(metrics, newline="") as file:
         rows = list(csv.DictReader(file))
     panels = [
-        ("Loss at each distortion", {"before": "lowrank/loss_before", "after": "lowrank/loss_after"}, "linear"),
+        (
+            "Loss at each distortion",
+            {"before": "lowrank/loss_before", "after": "lowrank/loss_after"},
+            "linear",
+        ),
         (r"$\Delta w = ||w - \tilde w||_F^2 / N(w)$", {"": "lowrank/delta_w"}, "log"),
         ("Validation accuracy", {"": "val/accuracy"}, "linear"),
     ]

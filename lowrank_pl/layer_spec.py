@@ -60,11 +60,12 @@ class LayerSpec:
     def _output_size(self, spatial: list[int]) -> list[int]:
         if self.kind == "linear" or self.padding == "same":
             return spatial
+        assert not isinstance(self.padding, str)
         axes = zip(spatial, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         if self.kind == "conv":
-            return [(n + 2 * int(p) - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes]
+            return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes]
         return [
-            (n - 1) * s - 2 * int(p) + d * (k - 1) + 1 + extra
+            (n - 1) * s - 2 * p + d * (k - 1) + 1 + extra
             for (n, k, s, p, d), extra in zip(axes, self.output_padding, strict=True)
         ]
 
@@ -99,10 +100,15 @@ class LayerSpec:
         known = {field.name for field in fields(cls)} - {"inputs"}
         if not isinstance(values, dict) or set(values) != known:
             raise ValueError(f"Expected a layer with the keys {sorted(known)} but got {values!r:.200}")
-        spec = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        spec = cls(**plain)
         sizes = (spec.kernel, spec.stride, spec.dilation)
         numbers = [spec.in_channels, spec.out_channels, spec.groups, *(n for size in sizes for n in size)]
-        numbers += [n + 1 for size in (spec.padding, spec.output_padding) if size != "same" for n in size]
-        if spec.kind not in ("linear", "conv", "conv_transpose") or not all(type(n) is int and n >= 1 for n in numbers):
+        numbers += [n + 1 for size in (spec.padding, spec.output_padding) if not isinstance(size, str) for n in size]
+        if (
+            spec.kind not in ("linear", "conv", "conv_transpose")
+            or (isinstance(spec.padding, str) and spec.padding != "same")
+            or not all(type(n) is int and n >= 1 for n in numbers)
+        ):
             raise ValueError(f"Expected a layer of positive sizes but got {values!r:.200}")
         return spec

@@ -10,6 +10,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
 
 
 class Classifier(LightningModule):
@@ -40,7 +41,8 @@ class Classifier(LightningModule):
         self.net = net.to(memory_format=self.memory_format)
         self.optimizer, self.scheduler = optimizer, scheduler
         self.label_smoothing = label_smoothing
-        self._start_sum()
+        # our own mean, because `self.log` in every step takes longer than the step of a small network
+        self.train_loss = MeanMetric(nan_strategy="disable")
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images.contiguous(memory_format=self.memory_format))
@@ -48,21 +50,16 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
-        self._loss_sum.add_(loss.detach(), alpha=len(labels))
-        self._images += len(labels)
+        self.train_loss.update(loss.detach(), len(labels))
         return loss
 
     def on_train_start(self) -> None:
-        self._start_sum()
+        self.train_loss.reset()
 
     def on_train_epoch_end(self) -> None:
-        if self._images:
-            self.log("train/loss", self._loss_sum / self._images, sync_dist=True)
-        self._start_sum()
-
-    def _start_sum(self) -> None:
-        # our own sum, because `self.log` in every step takes longer than the step of a small network
-        self._loss_sum, self._images = torch.zeros((), dtype=torch.float32, device=self.device), 0
+        if self.train_loss.update_called:
+            self.log("train/loss", self.train_loss.compute())
+        self.train_loss.reset()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate("val", batch)

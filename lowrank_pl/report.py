@@ -79,7 +79,7 @@ class Report:
         """Layer by layer, for a terminal."""
         table = Table(box=box.SIMPLE_HEAD, title="Layer by layer", pad_edge=False)
         for i, column in enumerate(_LAYER_COLUMNS):
-            table.add_column(column, justify="right" if 2 <= i < 8 else "left", overflow="fold")
+            table.add_column(column, justify="right" if 2 <= i < 8 else "left", no_wrap=i == 0)
         for row in self._layer_rows():
             table.add_row(*row)
         return table
@@ -89,7 +89,9 @@ class Report:
         return f"MACs: multiply-adds for one input. Latency: median, {self.device}, {self.threads} {threads}, float32."
 
     def _totals(self, accuracy: dict[str, tuple[float, float]]) -> list[list[str]]:
-        rows = [[name, f"{100 * a:.2f} %", f"{100 * b:.2f} %", f"{100 * (b - a):+.2f}"] for name, (a, b) in accuracy.items()]
+        rows = [
+            [name, f"{100 * a:.2f} %", f"{100 * b:.2f} %", f"{100 * (b - a):+.2f}"] for name, (a, b) in accuracy.items()
+        ]
         rows.append(["parameters", *_pair(self.dense.params, self.compressed.params)])
         if self.dense.macs and self.compressed.macs:
             rows.append(["MACs", *_pair(self.dense.macs, self.compressed.macs)])
@@ -147,7 +149,7 @@ def print_plan(rows: Sequence[Row], console: Console | None = None) -> None:
     table = Table(box=box.SIMPLE_HEAD, title="Low-rank structures", pad_edge=False)
     for column, justify in (("layer", "left"), ("structure", "left"), ("rank", "right"), ("weights", "right"),
                             ("to", "right"), ("ratio", "right"), ("note", "left")):  # fmt: skip
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        table.add_column(column, justify=justify, no_wrap=column != "note")  # type: ignore[arg-type]
     for row in rows:
         rank = "" if row.rank is None else ", ".join(map(str, row.rank))
         ratio = "" if row.rank is None else f"{row.dense_weights / row.weights:.2f}x"
@@ -221,8 +223,6 @@ def _stage_name(stage: dict[str, Any]) -> str:
     kernel = "x".join(map(str, stage["kernel"]))
     groups = f" /{stage['groups']}" if stage["groups"] > 1 else ""
     return f"{kernel} {stage['out_channels']}{groups}".strip()
-
-
 
 
 def _device_name(device: torch.device) -> str:

@@ -73,7 +73,7 @@ def execute(
     module: Classifier,
     data: pl.LightningDataModule,
     make_trainer: Callable[..., pl.Trainer],
-    compression: CompressionCallback | Callable[..., nn.Module] | None,
+    compression: Any,
     logger: Any,
 ) -> None:
     """Train, extract, test both networks, and write and show the report.
@@ -101,7 +101,9 @@ def execute(
         compressed = module.net
         dense = dense if compression is not None else module.net
     accuracies = [_test(tester, module, net, data) for net in (dense, compressed)]
-    _finish(run, summarize(dense.cpu(), compressed.cpu(), example), accuracies, compressed)
+    memory = {"memory_format": module.memory_format}  # as they were trained and will be deployed
+    report = summarize(dense.cpu().to(**memory), compressed.cpu().to(**memory), example.contiguous(**memory))
+    _finish(run, report, accuracies, compressed)
 
 
 def _test(tester: pl.Trainer, module: Classifier, net: nn.Module, data: pl.LightningDataModule) -> float:

@@ -37,9 +37,7 @@ def step_decay(
     return _times(optimizer, lambda step: gamma ** sum(step >= milestone for milestone in steps))
 
 
-def exponential(
-    optimizer: Optimizer, total_steps: float, steps_per_epoch: int, gamma: float = 0.99
-) -> LRScheduler:
+def exponential(optimizer: Optimizer, total_steps: float, steps_per_epoch: int, gamma: float = 0.99) -> LRScheduler:
     """Times `gamma` after every epoch."""
     return _times(optimizer, lambda step: gamma ** (step // steps_per_epoch))
 

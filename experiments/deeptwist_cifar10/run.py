@@ -19,11 +19,12 @@ DEEPTWIST = ["compression.S_D=200"]
 
 def cells() -> dict[str, list[str]]:
     """Name of the cell -> overrides of `lowrank-pl train experiment=deeptwist_cifar10`."""
-    found = {"resnet20-whole-tiled64-4x": ["model=resnet20", *DEEPTWIST]}
+    found: dict[str, list[str]] = {"resnet20-whole-tiled64-4x": ["model=resnet20", *DEEPTWIST]}
     for ratio in (2, 4):
         for tile in (64, 32, 16, 8):
             found[f"table1-tile{tile}-{ratio}x"] = [
-                "model=resnet32", *DEEPTWIST, "targets.min_channels=64", f"decomposition.tile={tile}", f"rank.x={ratio}",
+                "model=resnet32", *DEEPTWIST, "targets.min_channels=64",
+                f"decomposition.tile={tile}", f"rank.x={ratio}",
             ]  # fmt: skip
     for ratio in (2, 4):
         for method in ("tiled_svd", "svd", "tucker2"):

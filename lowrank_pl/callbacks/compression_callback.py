@@ -148,13 +148,16 @@ class CompressionCallback(pl.Callback, ABC):
         return self.plan
 
     def _make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        known, self.plan = self.plan is not None, make_plan(
-            pl_module, self.method, self.rank, self.targets, self.trace, training=True
+        known, self.plan = (
+            self.plan is not None,
+            make_plan(pl_module, self.method, self.rank, self.targets, self.trace, training=True),
         )
         for c in self.plan.compressions:
             if c.weight.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"Layer {c.name!r}: expected float32 weights but got {c.weight.dtype}, which rounds "
-                                "the low rank away; train in mixed precision instead")
+                raise TypeError(
+                    f"Layer {c.name!r}: expected float32 weights but got {c.weight.dtype}, which rounds "
+                    "the low rank away; train in mixed precision instead"
+                )
         if not known and trainer.is_global_zero:
             print_plan(self.plan.rows(self.plan.choose_ranks()))
 

@@ -44,14 +44,14 @@ class DeepTwist(CompressionCallback):
     ) -> None:
         super().__init__(method, rank, targets, evaluate_distorted, recalibrate_bn)
         if type(S_D) is not int or S_D < 1:
-            raise ValueError(f"Expected argument `S_D` to be a number of optimizer steps of at least 1 but got {S_D!r}")
+            raise ValueError(f"Expected argument `S_D` to be at least 1 optimizer step but got {S_D!r}")
         self.S_D, self.monitor_loss = S_D, monitor_loss
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.monitor_loss and not pl_module.automatic_optimization:
             raise ValueError(
-                "monitor_loss=True runs training_step again without training, which manual optimization does not allow: "
-                "use monitor_loss=False"
+                "monitor_loss=True calls training_step without training, which manual optimization does not allow: use "
+                "monitor_loss=False"
             )
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:

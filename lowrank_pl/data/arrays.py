@@ -29,21 +29,15 @@ class Arrays(ImageArrays):
         self._check("train", x_train, y_train)
         self._check("test", x_test, y_test)
         if x_train.shape[1:] != x_test.shape[1:]:
-            raise self._wrong(
-                f"images of one size in both sets, got {x_train.shape[1:]} and {x_test.shape[1:]}"
-            )
+            raise self._wrong(f"images of one size in both sets, got {x_train.shape[1:]} and {x_test.shape[1:]}")
         labels = [torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test)]
         return torch.from_numpy(x_train), labels[0], torch.from_numpy(x_test), labels[1]
 
     def _read(self) -> list[np.ndarray]:
         if not Path(self.file).is_file():
-            raise FileNotFoundError(
-                f"no file {self.file!r}: set `data.file` to an .npz with {', '.join(_KEYS)}"
-            )
+            raise FileNotFoundError(f"no file {self.file!r}: set `data.file` to an .npz with {', '.join(_KEYS)}")
         try:
-            arrays: Any = np.load(
-                self.file, allow_pickle=False
-            )  # a pickle in a file from elsewhere runs code
+            arrays: Any = np.load(self.file, allow_pickle=False)  # a pickle in a file from elsewhere runs code
             names = sorted(arrays)
             missing = [key for key in _KEYS if key not in names]
             if not missing:

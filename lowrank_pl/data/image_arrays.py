@@ -113,9 +113,7 @@ def _split(size: int, val_fraction: float) -> tuple[Tensor, Tensor]:
     """Indices for training and for validation, in their old order."""
     held_back = round(size * val_fraction)
     if held_back == size or (val_fraction and not held_back):
-        raise ValueError(
-            f"`val_fraction` {val_fraction} of {size} training images leaves one of the sets empty"
-        )
+        raise ValueError(f"`val_fraction` {val_fraction} of {size} training images leaves one of the sets empty")
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     return order[held_back:].sort().values, order[:held_back].sort().values
 

@@ -98,6 +98,4 @@ class ImageFolder(LightningDataModule):
         geometry.append(transforms.CenterCrop(self.size))
         if augment:
             geometry = [transforms.RandomResizedCrop(self.size), transforms.RandomHorizontalFlip()]
-        return transforms.Compose(
-            [*geometry, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
-        )
+        return transforms.Compose([*geometry, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)])

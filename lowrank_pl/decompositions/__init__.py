@@ -3,7 +3,15 @@
 from lowrank_pl.decompositions.base import Decomposition, Rank
 from lowrank_pl.decompositions.block_svd import BlockSVD
 from lowrank_pl.decompositions.spatial_svd import SpatialSVD
-from lowrank_pl.decompositions.structure import Chain, Dense, Structure, Tiles, count_macs, count_weights, module_from_dict
+from lowrank_pl.decompositions.structure import (
+    Chain,
+    Dense,
+    Structure,
+    Tiles,
+    count_macs,
+    count_weights,
+    module_from_dict,
+)
 from lowrank_pl.decompositions.svd import SVD
 from lowrank_pl.decompositions.tiled_svd import TiledSVD
 from lowrank_pl.decompositions.tucker2 import Tucker2

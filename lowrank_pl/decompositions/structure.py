@@ -131,7 +131,13 @@ class Tiles(Structure):
         return self._fill(bias)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "tiles", "layer": self.layer.to_dict(), "tile": self.tile, "rank": self.rank, "run": self.run}
+        return {
+            "kind": "tiles",
+            "layer": self.layer.to_dict(),
+            "tile": self.tile,
+            "rank": self.rank,
+            "run": self.run,
+        }
 
     def _fill(self, bias: Tensor | None) -> TiledLayer:
         with torch.device("meta"):

@@ -54,7 +54,10 @@ class SVD(Decomposition):
             operators = right.reshape(stages[0].operator_shape), left.reshape(stages[1].operator_shape)
         else:
             per_output = right.unflatten(2, (layer.out_channels // layer.groups, -1)).transpose(1, 2)
-            operators = left.mT.reshape(stages[0].operator_shape), per_output.reshape(stages[1].operator_shape)
+            operators = (
+                left.mT.reshape(stages[0].operator_shape),
+                per_output.reshape(stages[1].operator_shape),
+            )
         return Chain(layer, stages, operators)
 
     def _matrix_shape(self, layer: LayerSpec) -> tuple[int, int]:

@@ -52,9 +52,9 @@ class TiledSVD(Decomposition):
         positions = tuple((math.prod(size),) for size in layer.outputs)
         stages = []
         for rows, columns in tile_regions(layer, self.side(layer)):
-            inner = rows.count * columns.count * min(rank[0], rows.size, columns.size)
-            right = LayerSpec("linear", columns.count * columns.size, inner, groups=columns.count, inputs=positions)
-            stages += [right, right.then(rows.count * rows.size, groups=rows.count)]
+            inner = rows.tiles * columns.tiles * min(rank[0], rows.size, columns.size)
+            right = LayerSpec("linear", columns.tiles * columns.size, inner, groups=columns.tiles, inputs=positions)
+            stages += [right, right.then(rows.tiles * rows.size, groups=rows.tiles)]
         return tuple(stages)
 
     def spectra(self, weight: Tensor, layer: LayerSpec) -> tuple[Tensor, ...]:
@@ -76,7 +76,7 @@ class TiledSVD(Decomposition):
         matrix = weight.flatten(1)
         return [
             matrix[rows.start : rows.stop, columns.start : columns.stop]
-            .reshape(rows.count, rows.size, columns.count, columns.size)
+            .reshape(rows.tiles, rows.size, columns.tiles, columns.size)
             .transpose(1, 2)
             for rows, columns in tile_regions(layer, self.side(layer))
         ]

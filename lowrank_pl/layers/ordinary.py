@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers.grouped_linear import GroupedLinear
 
-_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 LAYER_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, *_CONVS.values(), *_TRANSPOSED.values())
 
 
-def spec_of(layer: nn.Module) -> LayerSpec:
+def spec_of(layer: Any) -> LayerSpec:
     """The shape of an `nn.Linear`, `nn.ConvNd` or `nn.ConvTransposeNd`."""
     if isinstance(layer, nn.Linear):
         return LayerSpec("linear", layer.in_features, layer.out_features)
-    assert isinstance(layer, LAYER_TYPES)
     padding = layer.padding
     return LayerSpec(
         kind="conv_transpose" if isinstance(layer, tuple(_TRANSPOSED.values())) else "conv",
@@ -25,7 +26,11 @@ def spec_of(layer: nn.Module) -> LayerSpec:
         out_channels=layer.out_channels,
         kernel=tuple(layer.kernel_size),
         stride=tuple(layer.stride),
-        padding=(0,) * len(layer.kernel_size) if padding == "valid" else padding if padding == "same" else tuple(padding),
+        padding=(0,) * len(layer.kernel_size)
+        if padding == "valid"
+        else padding
+        if padding == "same"
+        else tuple(padding),
         dilation=tuple(layer.dilation),
         output_padding=tuple(layer.output_padding),
         groups=layer.groups,
@@ -66,7 +71,7 @@ def build_with(spec: LayerSpec, operator: Tensor, bias: Tensor | None) -> nn.Mod
 
 
 def as_operator(weight: Tensor, spec: LayerSpec) -> Tensor:
-    """A layer's weight as `[T, S / groups, *kernel]`; PyTorch stores transposed convolutions as `[S, T / groups, ...]`."""
+    """A weight as `[T, S / groups, *kernel]`; PyTorch stores transposed convolutions as `[S, T / groups, ...]`."""
     if spec.kind != "conv_transpose":
         return weight
     return weight.unflatten(0, (spec.groups, -1)).transpose(1, 2).flatten(0, 1)

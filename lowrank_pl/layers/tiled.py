@@ -14,21 +14,21 @@ Run = Literal["factors", "dense"]
 
 
 class Slab(NamedTuple):
-    """`count` neighbouring tiles of `size` rows (or columns) each, from row (or column) `start` on."""
+    """`tiles` neighbouring tiles of `size` rows (or columns) each, from row (or column) `start` on."""
 
     start: int
-    count: int
+    tiles: int
     size: int
 
     @property
     def stop(self) -> int:
-        return self.start + self.count * self.size
+        return self.start + self.tiles * self.size
 
 
 def slabs(length: int, tile: int) -> list[Slab]:
     """Whole tiles first, then, where the tile does not divide the length, one smaller tile."""
     whole, rest = divmod(length, tile)
-    return [slab for slab in (Slab(0, whole, tile), Slab(whole * tile, 1, rest)) if slab.count * slab.size]
+    return [slab for slab in (Slab(0, whole, tile), Slab(whole * tile, 1, rest)) if slab.tiles * slab.size]
 
 
 def tile_regions(spec: LayerSpec, tile: int) -> list[tuple[Slab, Slab]]:
@@ -53,8 +53,8 @@ class TiledLayer(nn.Module):
         self.regions = tile_regions(spec, tile)
         ranks = [min(rank, row.size, column.size) for row, column in self.regions]
         shapes = list(zip(self.regions, ranks, strict=True))
-        self.left = nn.ParameterList(torch.empty(m.count, m.size, n.count * r) for (m, n), r in shapes)
-        self.right = nn.ParameterList(torch.empty(n.count, m.count * r, n.size) for (m, n), r in shapes)
+        self.left = nn.ParameterList(torch.empty(m.tiles, m.size, n.tiles * r) for (m, n), r in shapes)
+        self.right = nn.ParameterList(torch.empty(n.tiles, m.tiles * r, n.size) for (m, n), r in shapes)
         self.bias = nn.Parameter(torch.zeros(spec.out_channels)) if bias else None
         for factor in (*self.left, *self.right):
             nn.init.normal_(factor, std=(rank * spec.num_weights / spec.out_channels) ** -0.25)
@@ -64,10 +64,8 @@ class TiledLayer(nn.Module):
         """The weight that the tiles make, `[T, S, *kernel]`."""
         rows: dict[int, list[Tensor]] = {}
         for (m, n), left, right in zip(self.regions, self.left, self.right, strict=True):
-            tiles = torch.einsum(
-                "ihjr,jirw->ihjw", left.unflatten(2, (n.count, -1)), right.unflatten(1, (m.count, -1))
-            )
-            rows.setdefault(m.start, []).append(tiles.reshape(m.count * m.size, n.count * n.size))
+            tiles = torch.einsum("ihjr,jirw->ihjw", left.unflatten(2, (n.tiles, -1)), right.unflatten(1, (m.tiles, -1)))
+            rows.setdefault(m.start, []).append(tiles.reshape(m.tiles * m.size, n.tiles * n.size))
         matrix = torch.cat([torch.cat(row, dim=1) for row in rows.values()])
         return matrix.reshape(self.spec.operator_shape)
 
@@ -80,7 +78,7 @@ class TiledLayer(nn.Module):
         padding: Any = self.spec.padding
         if self.spec.padding_mode != "zeros":
             x, padding = self._pad(x), 0
-        return F.conv2d(x, self._weight(), self.bias, self.spec.stride, padding, self.spec.dilation)  # type: ignore[arg-type]
+        return F.conv2d(x, self._weight(), self.bias, self.spec.stride, padding, self.spec.dilation)
 
     def _weight(self) -> Tensor:
         factors = [*self.left, *self.right]
@@ -89,7 +87,11 @@ class TiledLayer(nn.Module):
             return self.dense_weight()
         key = [(id(factor), factor._version) for factor in factors]
         if self._dense is None or self._dense[0] != key:
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(factors[0].device.type, enabled=False):
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                torch.autocast(factors[0].device.type, enabled=False),
+            ):
                 self._dense = key, self.dense_weight()
         return self._dense[1]
 
@@ -100,7 +102,7 @@ class TiledLayer(nn.Module):
         if x.dim() == 3:
             return self._forward_factors(x.unsqueeze(0)).squeeze(0)
         size = self.spec.with_(inputs=((1, *x.shape[2:]),)).outputs[0][1:]
-        columns = F.unfold(self._pad(x), self.spec.kernel, self.spec.dilation, 0, self.spec.stride)  # type: ignore[arg-type]
+        columns = F.unfold(self._pad(x), self.spec.kernel, self.spec.dilation, 0, self.spec.stride)
         y = self._multiply(columns).unflatten(2, size)
         return y if self.bias is None else y + self.bias[:, None, None]
 
@@ -108,8 +110,8 @@ class TiledLayer(nn.Module):
         """`[B, S d d, P]` to `[B, T, P]`."""
         rows: dict[int, Tensor] = {}
         for (m, n), left, right in zip(self.regions, self.left, self.right, strict=True):
-            x = columns[:, n.start : n.stop].unflatten(1, (n.count, n.size))
-            inner = (right @ x).unflatten(2, (m.count, -1)).transpose(1, 2).flatten(2, 3)
+            x = columns[:, n.start : n.stop].unflatten(1, (n.tiles, n.size))
+            inner = (right @ x).unflatten(2, (m.tiles, -1)).transpose(1, 2).flatten(2, 3)
             y = (left @ inner).flatten(1, 2)
             rows[m.start] = rows[m.start] + y if m.start in rows else y
         return torch.cat(list(rows.values()), dim=1)
@@ -132,4 +134,6 @@ class TiledLayer(nn.Module):
         return {**self.__dict__, "_dense": None}  # copies and pickles carry the factors only
 
     def extra_repr(self) -> str:
-        return f"{self.spec.out_channels} x {self.spec.in_channels}, tile={self.tile}, rank={self.rank}, run={self.run!r}"
+        return (
+            f"{self.spec.out_channels} x {self.spec.in_channels}, tile={self.tile}, rank={self.rank}, run={self.run!r}"
+        )

@@ -49,6 +49,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
     """The leading left singular vectors of `[..., m, n]`: `[..., m, rank]`, float64, orthonormal; rank at most m."""
+    _check_finite(matrix)
     if matrix.dtype == torch.float64:
         return _svd(matrix, full=rank > matrix.shape[-1])[0][..., :rank]
     return _gram_eigh(matrix.double())[1][..., :rank]
@@ -78,8 +79,9 @@ def _svd(matrix: Tensor, full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         if matrix.is_cuda:
             left, singular, right = torch.linalg.svd(matrix, full_matrices=full, driver="gesvd")
         else:  # the CPU has one driver; on the transpose it takes another path
-            right, singular, left = (x.mT if x.dim() == matrix.dim() else x
-                                     for x in torch.linalg.svd(matrix.mT, full_matrices=full))
+            right, singular, left = (
+                x.mT if x.dim() == matrix.dim() else x for x in torch.linalg.svd(matrix.mT, full_matrices=full)
+            )
     _check_result(left)
     return left, singular, right
 

@@ -1,10 +1,10 @@
 """DeepTwist: Lee, Kwon, Kim & Wei, Learning Low-Rank Approximation for CNNs (2019), for any training loop.
 
-    plan = make_plan(model, method="tiled_svd", rank=CompressionRatio(2.0), training=True)
-    for step, batch in enumerate(batches, 1):
-        train_step(batch)
-        if is_due(step, last, S_D=200):
-            distortion, last = distort_(plan), step
+plan = make_plan(model, method="tiled_svd", rank=CompressionRatio(2.0), training=True)
+for step, batch in enumerate(batches, 1):
+    train_step(batch)
+    if is_due(step, last, S_D=200):
+        distortion, last = distort_(plan), step
 """
 
 from __future__ import annotations

@@ -31,9 +31,7 @@ class LeNet5(nn.Module):
     Takes [N, C, H, W], gives logits [N, num_classes]. Raises ValueError for images below 16 x 16.
     """
 
-    def __init__(
-        self, input_shape: Sequence[int] = (1, 28, 28), num_classes: int = 10, dropout: float = 0.5
-    ) -> None:
+    def __init__(self, input_shape: Sequence[int] = (1, 28, 28), num_classes: int = 10, dropout: float = 0.5) -> None:
         super().__init__()
         channels, height, width = input_shape
         if min(height, width) < 16:

@@ -11,9 +11,7 @@ class NIN(nn.Module):
     Takes [N, C, H, W], gives logits [N, num_classes].
     """
 
-    def __init__(
-        self, input_shape: Sequence[int] = (3, 32, 32), num_classes: int = 10, dropout: float = 0.5
-    ) -> None:
+    def __init__(self, input_shape: Sequence[int] = (3, 32, 32), num_classes: int = 10, dropout: float = 0.5) -> None:
         super().__init__()
         self.features = nn.Sequential(
             *_convolution(input_shape[0], 192, 5),

@@ -13,9 +13,7 @@ class CifarResNet(nn.Module):
     in akamaster/pytorch_resnet_cifar10: `conv1`, `bn1`, `layer1.0.conv1`, ..., `linear`.
     """
 
-    def __init__(
-        self, depth: int = 20, input_shape: Sequence[int] = (3, 32, 32), num_classes: int = 10
-    ) -> None:
+    def __init__(self, depth: int = 20, input_shape: Sequence[int] = (3, 32, 32), num_classes: int = 10) -> None:
         super().__init__()
         blocks, rest = divmod(depth - 2, 6)
         if blocks < 1 or rest:

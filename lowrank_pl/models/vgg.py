@@ -27,9 +27,7 @@ class VGG(nn.Module):
             raise ValueError(f"`depth` must be one of {list(_CONVOLUTIONS)}, got {depth}")
         channels, height, width = input_shape
         if min(height, width) < 32:
-            raise ValueError(
-                f"VGG needs images of 32 x 32 or more, got {height} x {width}: resize them (`data.size`)"
-            )
+            raise ValueError(f"VGG needs images of 32 x 32 or more, got {height} x {width}: resize them (`data.size`)")
         self.features = _features(channels, _CONVOLUTIONS[depth])
         self.classifier = nn.Sequential(
             nn.Dropout(dropout),

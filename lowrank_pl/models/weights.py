@@ -14,18 +14,14 @@ def load_weights(net: nn.Module, file: str | Path) -> None:
     Raises FileNotFoundError without the file, and ValueError, with `net` unchanged, if it does not fit.
     """
     if not Path(file).is_file():
-        raise FileNotFoundError(
-            f"no weights at {file}: set `model.weights` to a safetensors file, or to null"
-        )
+        raise FileNotFoundError(f"no weights at {file}: set `model.weights` to a safetensors file, or to null")
     try:
         state = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is not a safetensors file ({error}): set `model.weights` to one") from error
     differences = "; ".join(_differences(net.state_dict(), state))
     if differences:
-        raise ValueError(
-            f"{file} does not fit {type(net).__name__}: {differences}. Is it of another network or depth?"
-        )
+        raise ValueError(f"{file} does not fit {type(net).__name__}: {differences}. Is it of another network or depth?")
     net.load_state_dict(state)
 
 

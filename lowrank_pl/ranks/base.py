@@ -36,9 +36,10 @@ class RankProblem:
         """Weights of the factors."""
         return count_weights(self.decomposition.stages(self.layer, rank))
 
-    def at_fraction(self, fraction: float) -> Rank:
-        """Every entry of the full rank times `fraction`: rounded half up, at least 1, at most full."""
-        return tuple(min(max(int(most * fraction + 0.5), 1), most) for most in self.full)
+
+def at_fraction(full: Rank, fraction: float) -> Rank:
+    """Every entry of the full rank times `fraction`: rounded half up, at least 1, at most full."""
+    return tuple(min(max(int(most * fraction + 0.5), 1), most) for most in full)
 
 
 class RankRule(ABC):

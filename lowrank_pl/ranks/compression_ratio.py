@@ -5,10 +5,12 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import final
 
-from lowrank_pl.decompositions import Rank
-from lowrank_pl.ranks.base import RankProblem, RankRule
+from lowrank_pl.decompositions import Decomposition, Rank, count_weights
+from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.ranks.base import RankProblem, RankRule, at_fraction
 
 
 @final
@@ -26,14 +28,21 @@ class CompressionRatio(RankRule):
             raise ValueError(f"Expected argument `x` to be a ratio of at least 1, such as 2.0, but got {self.x!r}")
 
     def __call__(self, problems: Sequence[RankProblem], error_weight: float = 1.0) -> list[Rank]:
-        return [self._largest(problem) for problem in problems]
+        return [_largest(problem.decomposition, problem.layer, self.x) for problem in problems]
 
     def note(self, problem: RankProblem, rank: Rank) -> str | None:
         ratio = problem.layer.num_weights / problem.num_weights(rank)
         return f"rank 1 reaches {ratio:.2f}x only" if ratio < self.x else None
 
-    def _largest(self, problem: RankProblem) -> Rank:
-        steps = sorted({i / most for most in problem.full for i in range(1, most + 1)})
-        budget = problem.layer.num_weights / self.x
-        fitting = bisect.bisect_right(steps, budget, key=lambda step: problem.num_weights(problem.at_fraction(step)))
-        return problem.at_fraction(steps[max(fitting - 1, 0)])
+
+@cache
+def _largest(decomposition: Decomposition, layer: LayerSpec, x: float) -> Rank:
+    """Remembered, because it depends on shapes alone and is asked for at every distortion."""
+    full = decomposition.full_rank(layer)
+    steps = sorted({i / most for most in full for i in range(1, most + 1)})
+
+    def weights(step: float) -> int:
+        return count_weights(decomposition.stages(layer, at_fraction(full, step)))
+
+    fitting = bisect.bisect_right(steps, layer.num_weights / x, key=weights)
+    return at_fraction(full, steps[max(fitting - 1, 0)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import final
 
 from lowrank_pl.decompositions import Rank
-from lowrank_pl.ranks.base import RankProblem, RankRule
+from lowrank_pl.ranks.base import RankProblem, RankRule, at_fraction
 
 
 @final
@@ -22,4 +22,4 @@ class RankFraction(RankRule):
             raise ValueError(f"Expected argument `R_c` to be a fraction in (0, 1] but got {self.R_c!r}")
 
     def __call__(self, problems: Sequence[RankProblem], error_weight: float = 1.0) -> list[Rank]:
-        return [problem.at_fraction(self.R_c) for problem in problems]
+        return [at_fraction(problem.full, self.R_c) for problem in problems]

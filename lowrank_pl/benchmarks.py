@@ -1,0 +1,189 @@
+"""Benchmarks: ratios of things timed side by side, in turns, so that a busy machine slows both alike."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lowrank_pl.callbacks import DeepTwist
+from lowrank_pl.compression import Plan, make_plan
+from lowrank_pl.data import EpochSampler, ImageSet
+from lowrank_pl.methods import distort_
+from lowrank_pl.models import VGG, CifarResNet, LeNet5
+from lowrank_pl.module import Classifier
+from lowrank_pl.schedules import constant
+from lowrank_pl.storage import write_files
+
+
+@dataclass(frozen=True)
+class Result:
+    """Median seconds of two ways, and the median of their ratios."""
+
+    name: str
+    ways: tuple[str, str]
+    seconds: tuple[float, float]
+    ratio: float
+    goal: str
+
+
+def fit_overhead(repeats: int, S_D: int = 200, batch: int = 128) -> Result:
+    """A fit of S_D steps with `DeepTwist(S_D)`, one distortion, against the same fit without; ResNet-32, CIFAR shapes.
+
+    From the start of training to its last step: the first batch, in which the callback listens, and its table count.
+    """
+    images = _images(S_D * batch, (3, 32, 32), batch)
+
+    def seconds(callbacks: list[pl.Callback]) -> float:
+        clock = _Clock()
+        _trainer(S_D, [*callbacks, clock]).fit(_classifier(CifarResNet(depth=32)), images)
+        return clock.seconds
+
+    plain, with_callback = _in_turns([lambda: seconds([]), lambda: seconds([DeepTwist(S_D=S_D)])], repeats)
+    return _result("fit with DeepTwist / plain fit, ResNet-32", ("plain", "DeepTwist"), plain, with_callback, "<= 1.02")
+
+
+def projection_resnet32(repeats: int) -> Result:
+    """Project all targets of ResNet-32 (SVD, 2x) against `torch.linalg.svd` layer by layer."""
+    return _projection("ResNet-32", CifarResNet(depth=32), repeats, ">= 3")
+
+
+def projection_vgg16(repeats: int) -> Result:
+    """The same for VGG16."""
+    return _projection("VGG16", VGG(depth=16), repeats, ">= 5")
+
+
+def throughput_lenet5(repeats: int, steps: int = 150, batch: int = 256) -> Result:
+    """LeNet5 on MNIST shapes as `lowrank-pl train` trains it, with DeepTwist, against a bare PyTorch loop."""
+    images = _images(steps * batch, (1, 28, 28), batch)
+
+    def lightning() -> float:
+        clock = _Clock()
+        callbacks = [DeepTwist(S_D=200, method="svd"), clock]
+        _trainer(steps, callbacks).fit(_classifier(LeNet5()), images)
+        return clock.seconds
+
+    bare, ours = _in_turns([lambda: _bare_loop(LeNet5(), images), lightning], repeats)
+    ratios = [a / b for a, b in zip(bare, ours, strict=True)]
+    medians = (statistics.median(bare), statistics.median(ours))
+    return Result(
+        "throughput / bare loop, LeNet5", ("bare", "lowrank-pl"), medians, statistics.median(ratios), ">= 0.9"
+    )
+
+
+ALL: dict[str, Callable[[int], Result]] = {
+    function.__name__: function for function in (fit_overhead, projection_resnet32, projection_vgg16, throughput_lenet5)
+}
+
+
+def run(names: list[str], repeats: int) -> list[Result]:
+    """The named benchmarks, one after another."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return [ALL[name](repeats) for name in names]
+
+
+def table(results: list[Result]) -> Table:
+    """The results, for a terminal."""
+    caption = f"medians of side-by-side repeats, {torch.get_num_threads()} threads"
+    grid = Table("benchmark", "seconds", "ratio", "goal", box=box.SIMPLE_HEAD, caption=caption)
+    for r in results:
+        seconds = ", ".join(f"{way} {s:.3g}" for way, s in zip(r.ways, r.seconds, strict=True))
+        grid.add_row(r.name, seconds, f"{r.ratio:.3f}", r.goal)
+    return grid
+
+
+def write(results: list[Result], path: Path) -> None:
+    """The results as JSON."""
+    write_files({path: json.dumps([asdict(result) for result in results], indent=1).encode()})
+
+
+class _Clock(pl.Callback):
+    """Seconds from the start of training to the end of its last batch; stands last among the callbacks."""
+
+    seconds = 0.0
+
+    def on_train_start(self, *_: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds = time.perf_counter() - self._start
+
+
+def _in_turns(ways: list[Callable[[], float]], repeats: int) -> list[list[float]]:
+    rounds = [[way() for way in ways] for _ in range(repeats)]
+    return [list(times) for times in zip(*rounds, strict=True)]
+
+
+def _result(name: str, ways: tuple[str, str], first: list[float], second: list[float], goal: str) -> Result:
+    ratios = [b / a for a, b in zip(first, second, strict=True)]
+    return Result(name, ways, (statistics.median(first), statistics.median(second)), statistics.median(ratios), goal)
+
+
+def _projection(name: str, net: nn.Module, repeats: int, goal: str) -> Result:
+    plan = make_plan(net, method="svd")
+    ours, reference = _in_turns([lambda: _seconds(distort_, plan), lambda: _seconds(_svd_by_layer, plan)], repeats)
+    return _result(f"torch.linalg.svd / projection, {name}", ("projection", "svd"), ours, reference, goal)
+
+
+def _svd_by_layer(plan: Plan) -> None:
+    """What a user would write: a float32 SVD of each lowered kernel, truncated and multiplied out."""
+    for (name, (rank,)), c in zip(plan.choose_ranks().items(), plan.compressions, strict=True):
+        assert name == c.name
+        left, singular, right = torch.linalg.svd(c.weight.flatten(1), full_matrices=False)
+        c.weight.copy_(((left[:, :rank] * singular[:rank]) @ right[:rank]).view_as(c.weight))
+
+
+def _seconds(function: Callable[[Plan], Any], plan: Plan) -> float:
+    start = time.perf_counter()
+    function(plan)
+    return time.perf_counter() - start
+
+
+def _bare_loop(net: nn.Module, images: DataLoader) -> float:
+    net.train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    start = time.perf_counter()
+    for x, y in images:
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    return time.perf_counter() - start
+
+
+def _classifier(net: nn.Module) -> Classifier:
+    return Classifier(net, lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9), constant)
+
+
+def _trainer(steps: int, callbacks: list[pl.Callback]) -> pl.Trainer:
+    return pl.Trainer(
+        max_steps=steps, callbacks=callbacks, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+
+
+def _images(count: int, shape: tuple[int, ...], batch: int) -> DataLoader:
+    """Random images through the loader that `lowrank-pl train` uses."""
+    generator = torch.Generator().manual_seed(0)
+    pool: Tensor = torch.randint(0, 256, (min(count, 4096), *shape), dtype=torch.uint8, generator=generator)
+    chosen = torch.arange(count) % len(pool)
+    labels = torch.randint(0, 10, (count,), generator=generator)
+    images = ImageSet(pool[chosen], labels, torch.full((shape[0], 1, 1), 0.5), torch.full((shape[0], 1, 1), 0.25))
+    return DataLoader(images, sampler=EpochSampler(count, batch, True, 0), batch_size=None)

@@ -1,0 +1,27 @@
+"""`lowrank-pl bench`: what compression costs on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from lowrank_pl import benchmarks
+
+
+def main() -> None:
+    """Run the benchmarks and print their table; `--json FILE` also writes the numbers."""
+    parser = argparse.ArgumentParser(prog=sys.argv[0], description=main.__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of: {', '.join(benchmarks.ALL)} (default: all)")
+    parser.add_argument("--repeats", type=int, default=5, help="side-by-side repeats, of which the median counts")
+    parser.add_argument("--json", type=Path, help="a file to write the numbers to")
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(benchmarks.ALL)
+    if unknown or arguments.repeats < 1:
+        parser.error(f"expected names from {', '.join(benchmarks.ALL)} and at least one repeat")
+    results = benchmarks.run(arguments.names or list(benchmarks.ALL), arguments.repeats)
+    Console(file=sys.stdout).print(benchmarks.table(results))
+    if arguments.json:
+        benchmarks.write(results, arguments.json)
