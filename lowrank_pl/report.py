@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -157,7 +158,12 @@ def print_plan(rows: Sequence[Row], console: Console | None = None) -> None:
     weights, to = sum(row.dense_weights for row in rows), sum(row.weights for row in rows)
     table.add_section()
     table.add_row("all", "", "", f"{weights:,}", f"{to:,}", f"{weights / max(to, 1):.2f}x", "biases and norms apart")
-    (console or Console()).print(table)
+    (console or terminal()).print(table)
+
+
+def terminal() -> Console:
+    """Standard output; 100 columns wide where that is no terminal."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100)
 
 
 def median_ms(functions: Sequence[Callable[[], Any]], seconds: float = 0.1, rounds: int = 5) -> list[float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +15,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
-from rich.console import Console
 from torch import nn
 
 from lowrank_pl.callbacks import CompressionCallback, ExtractStructure
 from lowrank_pl.figures import draw_run
 from lowrank_pl.module import Classifier
-from lowrank_pl.report import Report, summarize
+from lowrank_pl.report import Report, summarize, terminal
 from lowrank_pl.storage import save_compressed, write_files
 
 _PACKAGES = ("lowrank_pl", "torch", "torchvision", "pytorch-lightning", "hydra-core", "numpy")
@@ -122,7 +120,7 @@ def _finish(run: Run, report: Report, accuracies: list[float], compressed: nn.Mo
     })  # fmt: skip
     save_compressed(compressed, run.directory / "compressed")
     draw_run(run.directory / "metrics.csv", run.directory / "figure.png")
-    console = Console(file=sys.stdout)
+    console = terminal()
     console.print(report.to_table(accuracy=pair))
     console.print(f"Everything is in {run.directory}", highlight=False, soft_wrap=True)
 

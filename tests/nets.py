@@ -162,9 +162,7 @@ def quiet_trainer(root, *callbacks, **arguments):
         "enable_checkpointing": False,
     }
     limits = {} if {"max_epochs", "max_steps"} & set(arguments) else {"max_epochs": 2}
-    return pl.Trainer(
-        default_root_dir=root, accelerator="cpu", callbacks=list(callbacks), **quiet | limits | arguments
-    )
+    return pl.Trainer(default_root_dir=root, accelerator="cpu", callbacks=list(callbacks), **quiet | limits | arguments)
 
 
 def truncate(matrix, rank):
@@ -197,9 +195,7 @@ def tiled_svd(weight, rank, tile=8):
 
 
 def block_svd(weight, rank, channels=4):
-    parts = [
-        truncate(weight[:, c : c + channels].flatten(1), rank) for c in range(0, weight.shape[1], channels)
-    ]
+    parts = [truncate(weight[:, c : c + channels].flatten(1), rank) for c in range(0, weight.shape[1], channels)]
     blocks = [p.reshape(weight.shape[0], channels, *weight.shape[2:]) for p in parts]
     return torch.cat(blocks, dim=1)
 

@@ -18,9 +18,7 @@ SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 def trainer(root, **arguments):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return pl.Trainer(
-        default_root_dir=root, accelerator="cpu", enable_checkpointing=False, **quiet | arguments
-    )
+    return pl.Trainer(default_root_dir=root, accelerator="cpu", enable_checkpointing=False, **quiet | arguments)
 
 
 def test_learns(tmp_path):

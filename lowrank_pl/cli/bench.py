@@ -6,9 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from lowrank_pl import benchmarks
+from lowrank_pl.report import terminal
 
 
 def main() -> None:
@@ -22,6 +21,6 @@ def main() -> None:
     if unknown or arguments.repeats < 1:
         parser.error(f"expected names from {', '.join(benchmarks.ALL)} and at least one repeat")
     results = benchmarks.run(arguments.names or list(benchmarks.ALL), arguments.repeats)
-    Console(file=sys.stdout).print(benchmarks.table(results))
+    terminal().print(benchmarks.table(results))
     if arguments.json:
         benchmarks.write(results, arguments.json)

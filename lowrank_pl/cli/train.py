@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import hydra
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
@@ -16,6 +18,7 @@ from lowrank_pl.runs import Run, execute
 @hydra.main(config_path="pkg://lowrank_pl.conf", config_name="train", version_base="1.3")
 def main(config: DictConfig) -> None:
     """Build what the configuration names and run it."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     overrides = list(HydraConfig.get().overrides.task)
     run = Run.start(config.paths.run, OmegaConf.to_yaml(config, resolve=True), overrides, config.seed)
     with run.recorded():

@@ -109,7 +109,7 @@ class Tiles(Structure):
     rank: int
     left: tuple[Tensor, ...]
     right: tuple[Tensor, ...]
-    run: Run | None = None
+    run: Run = "dense"
 
     @property
     def num_weights(self) -> int:
@@ -141,10 +141,10 @@ class Tiles(Structure):
 
     def _fill(self, bias: Tensor | None) -> TiledLayer:
         with torch.device("meta"):
-            module = TiledLayer(self.layer, self.tile, self.rank, bias is not None, self.run or "dense")
+            module = TiledLayer(self.layer, self.tile, self.rank, bias is not None, self.run)
         for empty, factors in ((module.left, self.left), (module.right, self.right)):
             for i, factor in enumerate(factors):
-                empty[i] = nn.Parameter(factor.detach().clone())
+                empty[i] = nn.Parameter(factor.detach().clone(memory_format=torch.contiguous_format))
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().clone())
         return module

@@ -32,7 +32,9 @@ class Tucker2(Decomposition):
 
     def stages(self, layer: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
         ones, zeros = (1, 1), (0, 0)
-        inner = layer.with_(out_channels=rank[0], kernel=ones, stride=ones, padding=zeros, dilation=ones)
+        inner = layer.with_(
+            out_channels=rank[0], kernel=ones, stride=ones, padding=zeros, dilation=ones, padding_mode="zeros"
+        )
         core = layer.with_(in_channels=rank[0], out_channels=rank[1], inputs=inner.outputs)
         return inner, core, core.then(layer.out_channels)
 

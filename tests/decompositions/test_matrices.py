@@ -1,0 +1,181 @@
+"""Which matrices are truncated, written out with loops, against numpy's SVD; and what is deployed."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from cases import LAYERS, make_layer, some_ranks, supports
+from torch import nn
+
+from lowrank_pl.decompositions import SVD, BlockSVD, SpatialSVD, TiledSVD, Tucker2
+from lowrank_pl.layers import spec_of
+
+
+def truncate(matrix, rank):
+    left, singular, right = np.linalg.svd(matrix, full_matrices=False)
+    return (left[:, :rank] * singular[:rank]) @ right[:rank]
+
+
+def project_svd(weight, layer, rank):
+    """Group by group; rows are outputs, of a transposed convolution inputs: the first axis in either case."""
+    result = np.empty_like(weight)
+    size = len(weight) // getattr(layer, "groups", 1)
+    for start in range(0, len(weight), size):
+        block = weight[start : start + size]
+        result[start : start + size] = truncate(block.reshape(size, -1), rank).reshape(block.shape)
+    return result
+
+
+def project_spatial(weight, _, rank):
+    outputs, inputs, height, width = weight.shape
+    matrix = np.empty((outputs * width, inputs * height))
+    for t, s, y, x in np.ndindex(weight.shape):
+        matrix[t * width + x, s * height + y] = weight[t, s, y, x]
+    matrix = truncate(matrix, rank)
+    result = np.empty_like(weight)
+    for t, s, y, x in np.ndindex(weight.shape):
+        result[t, s, y, x] = matrix[t * width + x, s * height + y]
+    return result
+
+
+def cut(rows, columns, side):
+    return [(i, j) for i in range(0, rows, side) for j in range(0, columns, side)]
+
+
+def project_tiles(weight, _, rank, tile):
+    """As in the paper: columns in the order (S, d, d), every tile k x k, zeros at the edges."""
+    outputs, inputs = weight.shape[:2]
+    matrix = np.stack([np.concatenate([channel.ravel() for channel in row]) for row in weight])
+    side = min(tile, outputs, inputs)
+    result = np.empty_like(matrix)
+    for i, j in cut(*matrix.shape, side):
+        block = matrix[i : i + side, j : j + side]
+        padded = np.zeros((side, side))
+        padded[: block.shape[0], : block.shape[1]] = block
+        result[i : i + side, j : j + side] = truncate(padded, rank)[: block.shape[0], : block.shape[1]]
+    return result.reshape(weight.shape)
+
+
+def channels_per_block(inputs, channels):
+    divisors = [c for c in range(1, inputs + 1) if inputs % c == 0]
+    return min(divisors, key=lambda c: round(abs(math.log(c / channels)), 9))
+
+
+def project_blocks(weight, layer, rank, channels):
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return project_blocks(weight.swapaxes(0, 1), None, rank, channels).swapaxes(0, 1)
+    c = channels_per_block(weight.shape[1], channels)
+    result = np.empty_like(weight)
+    for start in range(0, weight.shape[1], c):
+        block = weight[:, start : start + c]
+        result[:, start : start + c] = truncate(block.reshape(len(weight), -1), rank).reshape(block.shape)
+    return result
+
+
+REFERENCES = [
+    (SVD(), project_svd),
+    (SpatialSVD(), project_spatial),
+    *[(TiledSVD(k), lambda w, layer, r, k=k: project_tiles(w, layer, r, k)) for k in (1, 3, 7, 64)],
+    *[(BlockSVD(c), lambda w, layer, r, c=c: project_blocks(w, layer, r, c)) for c in (1, 3, 5, 100)],
+]
+CASES = [(d, f, name) for d, f in REFERENCES for name in LAYERS if supports(d, make_layer(name)[0])]
+
+
+@pytest.mark.parametrize(
+    ("decomposition", "reference", "name"), CASES, ids=lambda x: "" if callable(x) else str(x).replace(" ", "")
+)
+def test_projection(decomposition, reference, name):
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-6)):
+        layer, _ = make_layer(name, dtype)
+        spec, weight = spec_of(layer), layer.weight.detach()
+        exact = weight.double().numpy()
+        for rank in some_ranks(decomposition.full_rank(spec)):
+            ours = decomposition.factor(weight, spec, rank).reconstruct().double().numpy()
+            best = reference(exact, layer, *rank)
+            slack = tolerance * np.linalg.norm(exact)
+            assert np.linalg.norm(ours - exact) <= (1 + 1e-6) * np.linalg.norm(best - exact) + slack
+            if dtype == torch.float64:
+                assert np.linalg.norm(ours - best) <= 1e-8 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("tile", [1, 3, 7, 64])
+@pytest.mark.parametrize("name", [name for name in LAYERS if supports(TiledSVD(), make_layer(name)[0])])
+def test_tiles_store_no_zeros(name, tile):
+    layer, _ = make_layer(name)
+    rows, columns = layer.weight.flatten(1).shape
+    side = min(tile, *layer.weight.shape[:2])
+    assert TiledSVD(tile).full_rank(spec_of(layer)) == (side,)
+    for rank in range(1, side + 1):
+        sizes = [(min(side, rows - i), min(side, columns - j)) for i, j in cut(rows, columns, side)]
+        expected = sum(min(rank, height, width) * (height + width) for height, width in sizes)
+        assert TiledSVD(tile).factor(layer.weight, spec_of(layer), (rank,)).num_weights == expected
+
+
+CONVOLUTION = nn.Conv2d(16, 12, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2), padding_mode="reflect")
+UPSAMPLING = nn.ConvTranspose2d(16, 12, 3, stride=2, padding=1, output_padding=1)
+DEPLOYED = [
+    (SVD(), CONVOLUTION, (7,), [
+        nn.Conv2d(16, 7, (3, 5), (2, 1), (1, 2), (1, 2), padding_mode="reflect"), nn.Conv2d(7, 12, 1)
+    ]),
+    (SVD(), nn.Conv2d(16, 12, 3, groups=4), (2,), [
+        nn.Conv2d(16, 8, 3, groups=4), nn.Conv2d(8, 12, 1, groups=4)
+    ]),
+    (SVD(), UPSAMPLING, (7,), [
+        nn.Conv2d(16, 7, 1), nn.ConvTranspose2d(7, 12, 3, stride=2, padding=1, output_padding=1)
+    ]),
+    (SVD(), nn.Linear(16, 12), (7,), [nn.Linear(16, 7), nn.Linear(7, 12)]),
+    (SpatialSVD(), CONVOLUTION, (7,), [
+        nn.Conv2d(16, 7, (3, 1), (2, 1), (1, 0), (1, 1), padding_mode="reflect"),
+        nn.Conv2d(7, 12, (1, 5), (1, 1), (0, 2), (1, 2), padding_mode="reflect"),
+    ]),
+    (Tucker2(), CONVOLUTION, (7, 4), [
+        nn.Conv2d(16, 7, 1),
+        nn.Conv2d(7, 4, (3, 5), (2, 1), (1, 2), (1, 2), padding_mode="reflect"),
+        nn.Conv2d(4, 12, 1),
+    ]),
+    (BlockSVD(4), CONVOLUTION, (3,), [
+        nn.Conv2d(16, 12, (3, 5), (2, 1), (1, 2), (1, 2), groups=4, padding_mode="reflect"), nn.Conv2d(12, 12, 1)
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("decomposition", "layer", "rank", "expected"), DEPLOYED)
+def test_deployed_layers(decomposition, layer, rank, expected):
+    """Ordinary layers, of which only the last one has the bias."""
+    module = decomposition.factor(layer.weight, spec_of(layer), rank).to_module(layer.bias)
+    assert [type(stage) for stage in module] == [type(stage) for stage in expected]
+    for stage, wanted in zip(module, expected, strict=True):
+        options = [{k: v for k, v in vars(x).items() if not k.startswith("_")} for x in (stage, wanted)]
+        plain = [{k: tuple(v) if isinstance(v, list) else v for k, v in option.items()} for option in options]
+        assert plain[0] == plain[1]
+    assert [stage.bias is not None for stage in module] == [False] * (len(module) - 1) + [True]
+
+
+def test_blocks_of_linear_layers():
+    """Blocks of inputs side by side, which plain `nn` has not."""
+    layer = nn.Linear(24, 12)
+    module = BlockSVD(8).factor(layer.weight, spec_of(layer), (5,)).to_module(layer.bias)
+    assert (module[0].in_features, module[0].out_features, module[0].groups) == (24, 15, 3)
+    assert (module[1].in_features, module[1].out_features) == (15, 12)
+
+
+@pytest.mark.parametrize("inputs", [1, 2, 3, 7, 12, 48, 60, 64, 97, 100])
+@pytest.mark.parametrize("channels", [1, 3, 8, 16])
+def test_nearest_divisor(inputs, channels):
+    blocks = BlockSVD(channels).blocks(spec_of(nn.Linear(inputs, 5)))
+    assert inputs == blocks * channels_per_block(inputs, channels)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "8", None, True])
+def test_bad_sizes(value):
+    with pytest.raises(ValueError, match=r"`tile`.*but got"):
+        TiledSVD(value)
+    with pytest.raises(ValueError, match=r"`channels`.*but got"):
+        BlockSVD(value)
+
+
+@pytest.mark.parametrize("value", ["fast", True, 1, ""])
+def test_bad_run(value):
+    with pytest.raises(ValueError, match=r"`run`.*but got"):
+        TiledSVD(run=value)

@@ -1,0 +1,47 @@
+"""Layers to operators and back."""
+
+import pytest
+import torch
+from cases import LAYERS, make_layer
+from torch import nn
+
+from lowrank_pl.layers import as_operator, as_stored, build_with, spec_of
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_operator_entries(name):
+    """`operator[t, s]` is the kernel from the s-th input of t's group to output t."""
+    layer, _ = make_layer(name)
+    spec, weight = spec_of(layer), layer.weight.detach()
+    operator = as_operator(weight, spec)
+    assert operator.shape == spec.operator_shape
+    outputs, inputs = spec.out_channels // spec.groups, spec.in_channels // spec.groups
+    for t in range(spec.out_channels):
+        for s in range(inputs):
+            stored = weight[t, s]
+            if spec.kind == "conv_transpose":  # [S, T / groups, ...]
+                stored = weight[t // outputs * inputs + s, t % outputs]
+            assert torch.equal(operator[t, s], stored)
+    assert torch.equal(as_stored(operator, spec), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_build_with(name, dtype):
+    layer, x = make_layer(name, dtype)
+    spec = spec_of(layer)
+    for bias in {None, layer.bias}:
+        built = build_with(spec, as_operator(layer.weight, spec), bias)
+        assert type(built) is type(layer)
+        assert (built.bias is None) == (bias is None)
+        for parameter in built.parameters():
+            assert isinstance(parameter, nn.Parameter)
+            assert parameter.is_leaf
+            assert parameter.dtype == dtype
+            assert parameter.is_contiguous()
+    if layer.bias is not None:
+        built = build_with(spec, as_operator(layer.weight, spec), layer.bias)
+    assert torch.equal(built(x), layer(x))
+    with torch.no_grad():
+        built.weight.zero_()
+    assert layer.weight.count_nonzero()  # a copy

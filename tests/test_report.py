@@ -1,0 +1,216 @@
+"""Counts against hand counts and PyTorch's own counter; tables."""
+
+import copy
+import io
+import json
+
+import pytest
+import torch
+from nets import Net, distance, images, weights
+from rich.console import Console
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowrank_pl import BlockSVD, FixedRank, SpatialSVD, Targets, TiledSVD, Tucker2, compress, make_plan, summarize
+from lowrank_pl.report import print_plan
+
+X = images(2)[0]
+RANK = FixedRank(2)
+METHODS = ["svd", BlockSVD(4), SpatialSVD(), Tucker2(), TiledSVD(8, "dense"), TiledSVD(8, "factors")]
+
+
+def flops(model, x):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_counts(method):
+    dense = Net(norm=True).eval()
+    compressed = compress(dense, method, RANK, example_input=X).eval()
+    report = summarize(dense, compressed, X, latency=False)
+    for size, model in ((report.dense, dense), (report.compressed, compressed)):
+        model(X[:1])
+        assert size.params == sum(p.numel() for p in model.parameters())
+        assert size.macs * 2 == flops(model, X[:1])
+        assert size.latency_ms == {}
+    for which in ("dense", "compressed"):
+        layers = [getattr(layer, which) for layer in report.layers]
+        assert sum(size.macs for size in layers) == getattr(report, which).macs
+        rest = sum(p.numel() for p in dense.norm.parameters())
+        assert sum(size.params for size in layers) + rest == getattr(report, which).params
+
+
+def test_by_hand():
+    """conv1 8 x 27 on 64 positions, conv2 12 x 72 on 16, fc1 16 x 48, fc2 4 x 16."""
+    dense = Net()
+    report = summarize(dense, compress(dense, "svd", RANK), X, latency=False)
+    assert [layer.name for layer in report.layers] == ["conv1", "conv2", "fc1", "fc2"]
+    assert [layer.dense.macs for layer in report.layers] == [216 * 64, 864 * 16, 768, 64]
+    assert [layer.dense.params for layer in report.layers] == [216 + 8, 864 + 12, 768 + 16, 64 + 4]
+    assert [layer.compressed.macs for layer in report.layers] == [216 * 64, (144 + 24) * 16, 96 + 32, 64]
+    assert [layer.compressed.params for layer in report.layers] == [224, 168 + 12, 128 + 16, 68]
+    assert report.dense.macs == 216 * 64 + 864 * 16 + 768 + 64
+    assert [layer.note for layer in report.layers] == ["the first convolution", "", "", "the last linear layer"]
+    assert report.layers[1].structure == "3x3 2 > 1x1 12"
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.last = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.inner(self.inner(x))).mean(1))
+
+
+def test_layers_that_run_several_times_per_input():
+    """MACs are for one input of the network: seven tokens, and `inner` is called twice."""
+    dense, x = Tokens(), torch.randn(3, 7, 16)
+    report = summarize(dense, compress(dense, "svd", RANK, example_input=x), x, latency=False)
+    assert report.dense.macs == 2 * 7 * 256 + 64
+    assert report.compressed.macs == 2 * 7 * 64 + 64
+    assert [layer.dense.macs for layer in report.layers] == [2 * 7 * 256, 64]
+    assert [layer.compressed.macs for layer in report.layers] == [2 * 7 * 64, 64]
+
+
+def test_latency():
+    dense = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    report = summarize(dense, compress(dense, "svd", RANK), torch.randn(2, 16))
+    sizes = [report.dense, report.compressed]
+    sizes += [size for layer in report.layers for size in (layer.dense, layer.compressed)]
+    assert all(list(size.latency_ms) == ["1", "32"] for size in sizes)
+    assert all(0 < ms < 1000 for size in sizes for ms in size.latency_ms.values())
+    assert report.device == "CPU"
+    assert report.threads == torch.get_num_threads()
+    assert "latency, batch 32" in report.to_markdown()
+
+
+def test_latency_tells_slow_from_fast(monkeypatch):
+    monkeypatch.setattr("lowrank_pl.report.BATCHES", (32,))
+    dense = nn.Sequential(nn.Linear(1024, 1024))
+    compressed = compress(dense, "svd", FixedRank(8), Targets(skip_last=False))
+    x = torch.randn(1, 1024)
+    report = summarize(dense, compressed, x)
+    assert report.dense.latency_ms["32"] > 2 * report.compressed.latency_ms["32"]
+
+
+def test_networks_are_left_as_they_were():
+    dense = Net(norm=True, dropout=0.5).train()
+    dense.conv2.eval()
+    compressed = compress(dense, TiledSVD(8), RANK).train()
+    handles = [dense.conv1.register_forward_hook(lambda *_: None)]
+    before = [(weights(m), {n: c.training for n, c in m.named_modules()}) for m in (dense, compressed)]
+    random = torch.get_rng_state()
+    summarize(dense, compressed, X, latency=False)
+    for model, (state, modes) in zip((dense, compressed), before, strict=True):
+        assert distance(weights(model), state) == 0
+        assert {n: c.training for n, c in model.named_modules()} == modes
+        assert all(p.grad is None for p in model.parameters())
+    assert sum(len(m._forward_hooks) for m in dense.modules()) == len(handles)
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_without_an_input():
+    report = summarize(Net(), compress(Net(), "svd", RANK))
+    assert report.dense.macs is None
+    assert report.compressed.params < report.dense.params
+    assert "MACs |" not in report.to_markdown().split("*MACs")[0]
+    json.dumps(report.to_dict())
+
+
+def test_several_arguments():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x, y):
+            return self.a(x) + self.b(y)
+
+    x = (torch.randn(2, 16), torch.randn(2, 16))
+    report = summarize(Sum(), compress(Sum(), "svd", RANK, example_input=x), x, latency=False)
+    assert report.dense.macs == 512
+
+
+def test_a_network_that_is_one_layer():
+    dense = nn.Linear(16, 16)
+    compressed = compress(dense, "svd", RANK, Targets(skip_last=False))
+    report = summarize(dense, compressed, torch.randn(2, 16), latency=False)
+    assert (report.dense.macs, report.compressed.macs) == (256, 64)
+
+
+def test_plain_types_for_json():
+    dense = Net()
+    report = summarize(dense, compress(dense, TiledSVD(8), RANK, example_input=X), X, latency=False)
+    values = json.loads(json.dumps(report.to_dict()))
+    assert values["dense"] == {"params": report.dense.params, "macs": report.dense.macs, "latency_ms": {}}
+    assert [layer["name"] for layer in values["layers"]] == ["conv1", "conv2", "fc1", "fc2"]
+
+
+def lines(table, width=100):
+    out = io.StringIO()
+    Console(file=out, width=width).print(table)
+    return out.getvalue().splitlines()
+
+
+def big_report():
+    report = summarize(Net(), compress(Net(), "svd", RANK), X, latency=False)
+    big = {"params": 138_357_544, "macs": 15_470_264_320, "latency_ms": {"1": 1234.56, "32": 98765.43}}
+    sizes = {name: type(report.dense)(**big) for name in ("dense", "compressed")}
+    return type(report)(**{**report.__dict__, **sizes})
+
+
+def test_totals_fit_a_terminal():
+    """Numbers of VGG16 on ImageNet at 100 columns: one line for each row, none cut."""
+    shown = lines(big_report().to_table(accuracy=(0.9263, 0.9191)))
+    rows = [line for line in shown if any(c.isdigit() for c in line) and "thread" not in line]
+    assert len(rows) == 5
+    for row, words in zip(
+        rows,
+        ["accuracy 92.63 % 91.91 % -0.72", "parameters 138,357,544", "MACs 15,470,264,320", "latency, batch 1", "32"],
+        strict=True,
+    ):
+        assert words in " ".join(row.split())
+    assert not any("…" in line for line in shown)
+
+
+def test_markdown():
+    text = big_report().to_markdown(accuracy=(0.9263, 0.9191))
+    assert "| accuracy | 92.63 % | 91.91 % | -0.72 |" in text
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 2
+    for table in tables:
+        assert len({line.count("|") for line in table}) == 1
+    assert len(tables[1]) == 2 + 4
+
+
+def test_layer_table_names_every_layer():
+    shown = "\n".join(lines(big_report().layer_table(), 160))
+    for name in ("conv1", "conv2", "fc1", "fc2", "the first convolution"):
+        assert name in shown
+
+
+def test_how_tiles_run_is_noted():
+    for run, words in (("factors", "runs from its factors"), ("dense", "runs as the dense weight")):
+        dense = Net()
+        compressed = compress(dense, {"conv2": TiledSVD(8, run)}, RANK)
+        report = summarize(dense, compressed, X, latency=False)
+        layer = report.layers[1]
+        assert words in layer.note
+        assert layer.structure == "tiles of 8, rank 2"
+        per_position = 864 if run == "dense" else layer.compressed.params - 12
+        assert layer.compressed.macs == 16 * per_position
+
+
+def test_plans_are_printed():
+    net = Net()
+    net.fc1.requires_grad_(False)
+    plan = make_plan(net, {"conv2": SpatialSVD(), "*": "svd"}, FixedRank(40), training=True)
+    out = io.StringIO()
+    print_plan(plan.rows(plan.choose_ranks()), Console(file=out, width=160))
+    text = out.getvalue()
+    assert "frozen" in text
+    assert "would not be cheaper" in text
+    assert f"{sum(copy.deepcopy(m).weight.numel() for m in (net.conv1, net.conv2, net.fc1, net.fc2)):,}" in text
