@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import benchmark
 
 from lowrank_pl.compression import Plan, make_plan
 from lowrank_pl.decompositions import Dense, Structure
-from lowrank_pl.layers import TiledLayer
+from lowrank_pl.layers import Run, TiledLayer
 from lowrank_pl.surgery import Trace, detached_copy, find_layers, record, replace_layers
 from lowrank_pl.targets import Targets
+from lowrank_pl.timing import median_ms
 
 TOLERANCE = 1e-4
 RECORD = "lowrank_pl_record"  # the attribute of an extracted module that says what was done to it
@@ -110,8 +111,8 @@ def _verify(name: str, layer: nn.Module, projected: Tensor, module: nn.Module, x
         dense = copy.deepcopy(layer).double()
         dense.weight.copy_(projected)  # type: ignore[operator]
         expected = dense(x.double())
-        for run in ("factors", "dense") if isinstance(module, TiledLayer) else (None,):
-            candidate = copy.deepcopy(module).double()
+        candidate = copy.deepcopy(module).double()
+        for run in _RUNS if isinstance(candidate, TiledLayer) else (None,):
             if run is not None:
                 candidate.run = run  # type: ignore[assignment]
             error = float(torch.linalg.vector_norm(candidate(x.double()) - expected))
@@ -124,13 +125,12 @@ def _verify(name: str, layer: nn.Module, projected: Tensor, module: nn.Module, x
                 )
 
 
-@torch.no_grad()
-def _faster_run(module: TiledLayer, x: Tensor) -> Any:
+def _faster_run(module: TiledLayer, x: Tensor) -> Run:
     """Which of its two ways of running takes less time on this device."""
-    times = {}
-    trial = copy.deepcopy(module).eval()
-    for run in ("factors", "dense"):
+    trials: dict[Run, TiledLayer] = {"factors": copy.deepcopy(module).eval(), "dense": copy.deepcopy(module).eval()}
+    for run, trial in trials.items():
         trial.run = run
-        timer = benchmark.Timer("layer(x)", globals={"layer": trial, "x": x.to(trial.left[0].dtype)})
-        times[run] = timer.blocked_autorange(min_run_time=0.02).median
-    return min(times, key=times.__getitem__)
+    x = x.to(module.left[0].dtype)
+    with torch.no_grad():
+        times = median_ms([partial(trial, x) for trial in trials.values()], x.device.type, seconds=0.02, rounds=3)
+    return min(zip(times, trials, strict=True))[1]

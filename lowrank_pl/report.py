@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,12 +13,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl.compression import Row
 from lowrank_pl.extraction import RECORD
 from lowrank_pl.surgery import find_layers, num_parameters, record, run
+from lowrank_pl.timing import median_ms
 
 BATCHES = (1, 32)
 
@@ -166,25 +165,15 @@ def terminal() -> Console:
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100)
 
 
-def median_ms(functions: Sequence[Callable[[], Any]], seconds: float = 0.1, rounds: int = 5) -> list[float]:
-    """Median milliseconds of each function, timed in turns so that a busy machine slows all alike."""
-    timers = [Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-              for function in functions]  # fmt: skip
-    times: list[list[float]] = [[] for _ in timers]
-    for _ in range(rounds):
-        for timer, kept in zip(timers, times, strict=True):
-            kept.append(timer.blocked_autorange(min_run_time=seconds / rounds).median)
-    return [1e3 * statistics.median(kept) for kept in times]
-
-
 def _measure(pair: tuple[nn.Module, nn.Module], arguments: tuple[Any, ...], latency: bool) -> tuple[Size, Size]:
     """Both modules on the same arguments: MACs on one input, latency by batch size."""
     trials = [copy.deepcopy(module).eval() for module in pair]
     macs = [_count_macs(trial, _batch(arguments, 1)) for trial in trials]
+    device = next((p.device for p in pair[0].parameters()), torch.device("cpu"))
     times: dict[str, list[float]] = {}
     for size in BATCHES if latency else ():
         batch = _batch(arguments, size)
-        times[str(size)] = median_ms([_runner(trial, batch) for trial in trials])
+        times[str(size)] = median_ms([_runner(trial, batch) for trial in trials], device.type)
     sizes = [
         Size(num_parameters(module), macs[i], {size: ms[i] for size, ms in times.items()})
         for i, module in enumerate(pair)

@@ -27,7 +27,7 @@ class GroupedLinear(nn.Module):
         vectors = x.reshape(-1, self.groups, self.in_features // self.groups).transpose(0, 1)
         y = torch.bmm(vectors, self.weight.unflatten(0, (self.groups, -1)).transpose(1, 2))
         y = y.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)  # under autocast, as nn.Linear
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, groups={self.groups}, bias={self.bias is not None}"

@@ -83,7 +83,7 @@ class TiledLayer(nn.Module):
     def _weight(self) -> Tensor:
         factors = [*self.left, *self.right]
         wants_grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
-        if wants_grad or torch.compiler.is_compiling():
+        if wants_grad or torch.compiler.is_compiling() or factors[0].is_inference():  # without versions
             return self.dense_weight()
         key = [(id(factor), factor._version) for factor in factors]
         if self._dense is None or self._dense[0] != key:
@@ -97,14 +97,14 @@ class TiledLayer(nn.Module):
 
     def _forward_factors(self, x: Tensor) -> Tensor:
         if self.spec.kind == "linear":
-            y = self._multiply(x.reshape(1, -1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], -1)
-            return y if self.bias is None else y + self.bias
+            y = self._multiply(x.reshape(1, -1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], self.spec.out_channels)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         if x.dim() == 3:
             return self._forward_factors(x.unsqueeze(0)).squeeze(0)
         size = self.spec.with_(inputs=((1, *x.shape[2:]),)).outputs[0][1:]
         columns = F.unfold(self._pad(x), self.spec.kernel, self.spec.dilation, 0, self.spec.stride)
         y = self._multiply(columns).unflatten(2, size)
-        return y if self.bias is None else y + self.bias[:, None, None]
+        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
     def _multiply(self, columns: Tensor) -> Tensor:
         """`[B, S d d, P]` to `[B, T, P]`."""

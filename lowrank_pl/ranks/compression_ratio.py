@@ -39,7 +39,8 @@ class CompressionRatio(RankRule):
 def _largest(decomposition: Decomposition, layer: LayerSpec, x: float) -> Rank:
     """Remembered, because it depends on shapes alone and is asked for at every distortion."""
     full = decomposition.full_rank(layer)
-    steps = sorted({i / most for most in full for i in range(1, most + 1)})
+    # the fractions at which an entry is rounded up
+    steps = sorted({(i - 0.5 + 1e-9) / most for most in full for i in range(1, most + 1)})
 
     def weights(step: float) -> int:
         return count_weights(decomposition.stages(layer, at_fraction(full, step)))
