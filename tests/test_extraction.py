@@ -116,7 +116,7 @@ def test_nothing_gets_cheaper():
     [{"targets": Targets(include=["none"])}, {"method": {"none": "svd"}}, {"rank": {"none": RANK}}],
 )
 def test_patterns_that_match_nothing(arguments):
-    with pytest.raises(ValueError, match="'none'.*conv1, conv2"):
+    with pytest.raises(ValueError, match=r"'none'.*conv1, conv2"):
         compress(Net(), **arguments)
 
 

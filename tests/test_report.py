@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl import BlockSVD, FixedRank, SpatialSVD, Targets, TiledSVD, Tucker2, compress, make_plan, summarize
-from lowrank_pl.report import print_plan
+from lowrank_pl.report import median_ms, print_plan
 
 X = images(2)[0]
 RANK = FixedRank(2)
@@ -31,7 +31,8 @@ def test_counts(method):
     compressed = compress(dense, method, RANK, example_input=X).eval()
     report = summarize(dense, compressed, X, latency=False)
     for size, model in ((report.dense, dense), (report.compressed, compressed)):
-        model(X[:1])
+        with torch.no_grad():
+            model(X[:1])  # rebuilds a dense weight, once
         assert size.params == sum(p.numel() for p in model.parameters())
         assert size.macs * 2 == flops(model, X[:1])
         assert size.latency_ms == {}
@@ -75,7 +76,8 @@ def test_layers_that_run_several_times_per_input():
     assert [layer.compressed.macs for layer in report.layers] == [2 * 7 * 64, 64]
 
 
-def test_latency():
+def test_latency(monkeypatch):
+    monkeypatch.setattr("lowrank_pl.report.median_ms", quick)
     dense = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
     report = summarize(dense, compress(dense, "svd", RANK), torch.randn(2, 16))
     sizes = [report.dense, report.compressed]
@@ -87,8 +89,13 @@ def test_latency():
     assert "latency, batch 32" in report.to_markdown()
 
 
+def quick(functions, seconds=0.1, rounds=5):
+    return median_ms(functions, 0.001, 1)
+
+
 def test_latency_tells_slow_from_fast(monkeypatch):
     monkeypatch.setattr("lowrank_pl.report.BATCHES", (32,))
+    monkeypatch.setattr("lowrank_pl.report.median_ms", quick)
     dense = nn.Sequential(nn.Linear(1024, 1024))
     compressed = compress(dense, "svd", FixedRank(8), Targets(skip_last=False))
     x = torch.randn(1, 1024)
@@ -165,14 +172,15 @@ def big_report():
 def test_totals_fit_a_terminal():
     """Numbers of VGG16 on ImageNet at 100 columns: one line for each row, none cut."""
     shown = lines(big_report().to_table(accuracy=(0.9263, 0.9191)))
-    rows = [line for line in shown if any(c.isdigit() for c in line) and "thread" not in line]
-    assert len(rows) == 5
-    for row, words in zip(
-        rows,
-        ["accuracy 92.63 % 91.91 % -0.72", "parameters 138,357,544", "MACs 15,470,264,320", "latency, batch 1", "32"],
-        strict=True,
+    rows = [" ".join(line.split()) for line in shown]
+    for row in (
+        "accuracy 92.63 % 91.91 % -0.72",
+        "parameters 138,357,544 138,357,544 1.00x",
+        "MACs 15,470,264,320 15,470,264,320 1.00x",
+        "latency, batch 1 1234.56 ms 1234.56 ms 1.00x",
+        "latency, batch 32 98765.43 ms 98765.43 ms 1.00x",
     ):
-        assert words in " ".join(row.split())
+        assert row in rows
     assert not any("…" in line for line in shown)
 
 
@@ -193,7 +201,7 @@ def test_layer_table_names_every_layer():
 
 
 def test_how_tiles_run_is_noted():
-    for run, words in (("factors", "runs from its factors"), ("dense", "runs as the dense weight")):
+    for run, words in (("factors", "runs from its factors"), ("dense", "runs dense")):
         dense = Net()
         compressed = compress(dense, {"conv2": TiledSVD(8, run)}, RANK)
         report = summarize(dense, compressed, X, latency=False)
@@ -209,8 +217,8 @@ def test_plans_are_printed():
     net.fc1.requires_grad_(False)
     plan = make_plan(net, {"conv2": SpatialSVD(), "*": "svd"}, FixedRank(40), training=True)
     out = io.StringIO()
-    print_plan(plan.rows(plan.choose_ranks()), Console(file=out, width=160))
+    print_plan(plan.rows(plan.choose_ranks()), Console(file=out, width=250))
     text = out.getvalue()
     assert "frozen" in text
-    assert "would not be cheaper" in text
+    assert "spatial_svd of rank 24" in text
     assert f"{sum(copy.deepcopy(m).weight.numel() for m in (net.conv1, net.conv2, net.fc1, net.fc2)):,}" in text

@@ -15,7 +15,7 @@ from lowrank_pl.callbacks.quiet import batch_norms, recalibrate_batch_norms_
 from lowrank_pl.callbacks.stash import Stash, versions
 from lowrank_pl.choices import resolve
 from lowrank_pl.compression import DEFAULT_RANK, Plan, make_plan
-from lowrank_pl.decompositions import Decomposition
+from lowrank_pl.decompositions import Decomposition, Rank
 from lowrank_pl.methods import Distortion, distort_
 from lowrank_pl.ranks import RankRule
 from lowrank_pl.report import print_plan
@@ -96,14 +96,18 @@ class CompressionCallback(pl.Callback, ABC):
             self.close(trainer, pl_module)
 
     def close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave projected weights in memory; does nothing if they are."""
+        """Leave projected weights in memory; does nothing if they are.
+
+        Somebody who wrote to them since the last time (weight averaging, say) gets them projected at the same ranks.
+        """
         if self._closed is not None and self._closed.is_intact():
             return
+        ranks = self.distortion.ranks if self._closed is not None and self.distortion is not None else None
         plan = self._plan(trainer, pl_module)
         buffers = [b for norm in batch_norms(pl_module) for b in norm.buffers()] if self.recalibrate_bn else []
         closed = Stash([*(c.weight for c in plan.compressions), *buffers])
         if not self.is_projected():
-            self.distort(trainer, pl_module)
+            self.distort(trainer, pl_module, ranks)
         if self.recalibrate_bn:
             recalibrate_batch_norms_(trainer, pl_module, self.recalibrate_bn)
         closed.seal()
@@ -127,12 +131,18 @@ class CompressionCallback(pl.Callback, ABC):
         """Whether the module holds the last projection, untouched."""
         return self.plan is not None and self._projected == versions(c.weight for c in self.plan.compressions)
 
-    def distort(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Distortion:
-        """Project all targets in place. The first process chooses the ranks and all end with its very weights."""
+    def distort(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, ranks: Mapping[str, Rank] | None = None
+    ) -> Distortion:
+        """Project all targets in place, at these ranks or at those that the rules choose.
+
+        The first process chooses, and all end with its very weights.
+        """
         plan = self._plan(trainer, pl_module)
         with torch.inference_mode(False):
             plan.check_finite()  # on every process, so that all raise together
-            ranks = plan.choose_ranks() if trainer.is_global_zero else None
+            if ranks is None and trainer.is_global_zero:
+                ranks = plan.choose_ranks()
             distortion = distort_(plan, trainer.strategy.broadcast(ranks))
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 for c in plan.compressions:

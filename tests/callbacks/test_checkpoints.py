@@ -75,9 +75,7 @@ def test_resumed_at_every_step(whole, tmp_path, step):
 def test_resumed_with_more_epochs(whole, tmp_path, end):
     """A run that ended at step 6 or 9, with a distortion in memory only, goes on."""
     _, after, last = whole
-    checkpoint = ModelCheckpoint(
-        tmp_path, save_last=True, save_on_exception=True, every_n_epochs=1, filename="x"
-    )
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True, save_on_exception=True, every_n_epochs=1, filename="x")
     first = StepData()
 
     class Break(pl.Callback):

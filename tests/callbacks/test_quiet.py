@@ -93,9 +93,7 @@ def test_a_second_fit_goes_on_from_the_old_statistics(tmp_path):
     runs = []
     for batches in (0, 2):
         module, watch = Module(Net(norm=True)), Weights()
-        loop = quiet_trainer(
-            tmp_path, DeepTwist(4, "svd", RANK, recalibrate_bn=batches), watch, max_epochs=1
-        )
+        loop = quiet_trainer(tmp_path, DeepTwist(4, "svd", RANK, recalibrate_bn=batches), watch, max_epochs=1)
         loop.fit(module, loader())
         loop.fit_loop.max_epochs = 2
         loop.fit(module, loader())
@@ -186,9 +184,7 @@ def test_losses_before_and_after(tmp_path):
 @pytest.mark.parametrize("every", [1, 7])
 def test_delta_w_is_logged_at_each_distortion(tmp_path, every):
     module, logger = Module(), Memory()
-    loop = quiet_trainer(
-        tmp_path, DeepTwist(3, "svd", RANK), logger=logger, max_steps=7, log_every_n_steps=every
-    )
+    loop = quiet_trainer(tmp_path, DeepTwist(3, "svd", RANK), logger=logger, max_steps=7, log_every_n_steps=every)
     loop.fit(module, loader())
     rows = logger.of("lowrank/")
     assert {3, 6} <= set(rows)

@@ -34,7 +34,7 @@ def test_numbers_are_no_rank_rules(rank):
 
 @pytest.mark.parametrize("method", [8, None, torch.linalg.svd, FixedRank(2)])
 def test_other_things_are_no_methods(method):
-    with pytest.raises(TypeError, match="`method`.*TiledSVD"):
+    with pytest.raises(TypeError, match=r"`method`.*TiledSVD"):
         DeepTwist(method=method)
 
 

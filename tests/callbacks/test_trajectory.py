@@ -20,7 +20,6 @@ from nets import (
     project_,
     quiet_trainer,
     ranks,
-    target_weights,
     weights,
 )
 from torch import nn
@@ -58,9 +57,7 @@ def test_like_a_bare_loop(tmp_path, method, S_D):
 
 def test_counts_optimizer_steps_under_accumulation(tmp_path):
     callback = DeepTwist(2, "svd", FixedRank(2))
-    _, after = train(
-        tmp_path, callback, max_epochs=3, accumulate_grad_batches=3, gradient_clip_val=0.5
-    )  # six steps
+    _, after = train(tmp_path, callback, max_epochs=3, accumulate_grad_batches=3, gradient_clip_val=0.5)  # six steps
     expected = bare_loop(Net(), 6, (2, 4, 6), PROJECTIONS["svd"], accumulate=3, clip=0.5)
     assert after.keys() - {0} == expected.keys()
     assert max(distance(after[step], expected[step]) for step in expected) < 5e-6
@@ -68,9 +65,7 @@ def test_counts_optimizer_steps_under_accumulation(tmp_path):
 
 def test_last_batches_of_an_epoch_that_do_not_fill_an_accumulation(tmp_path):
     """Six batches by four: steps after batches 4 and 6 of each epoch."""
-    module, after = train(
-        tmp_path, DeepTwist(3, "svd", FixedRank(2)), max_epochs=2, accumulate_grad_batches=4
-    )
+    module, after = train(tmp_path, DeepTwist(3, "svd", FixedRank(2)), max_epochs=2, accumulate_grad_batches=4)
     net, low = Net(), []
     for step in (1, 2, 3, 4):
         net.load_state_dict(after[step])
@@ -108,9 +103,7 @@ def test_optimizer_state_is_untouched(tmp_path, options):
     class Identity(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             state = trainer.optimizers[0].state
-            seen.append(
-                [(id(p), p.data_ptr(), id(state[p]["exp_avg"]), id(state[p])) for p in pl_module.parameters()]
-            )
+            seen.append([(id(p), p.data_ptr(), id(state[p]["exp_avg"]), id(state[p])) for p in pl_module.parameters()])
 
     seen, module = [], Module(optimizer=adam)
     parameters = [id(p) for p in module.parameters()]
@@ -262,9 +255,7 @@ def test_every_end_is_a_distortion(tmp_path, end):
     if end == "early stopping":
         extra = [pl.callbacks.EarlyStopping("val_loss", patience=1, min_delta=10.0, verbose=False)]
     module = Module()
-    quiet_trainer(tmp_path, DeepTwist(5, "svd", FixedRank(2)), *extra, **limits).fit(
-        module, loader(), loader(1)
-    )
+    quiet_trainer(tmp_path, DeepTwist(5, "svd", FixedRank(2)), *extra, **limits).fit(module, loader(), loader(1))
     assert set(ranks(module.net).values()) == {2}
 
 

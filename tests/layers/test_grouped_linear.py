@@ -47,5 +47,5 @@ def test_bad_groups(inputs, outputs):
 def test_initialization_is_that_of_a_linear_layer():
     torch.manual_seed(0)
     layer, linear = GroupedLinear(512, 512, 4), nn.Linear(128, 512)  # as many inputs for every output
-    assert float(layer.weight.std()) == pytest.approx(float(linear.weight.std()), rel=0.02)
-    assert float(layer.bias.std()) == pytest.approx(float(linear.bias.std()), rel=0.2)
+    assert float(layer.weight.detach().std()) == pytest.approx(float(linear.weight.detach().std()), rel=0.02)
+    assert float(layer.bias.detach().std()) == pytest.approx(float(linear.bias.detach().std()), rel=0.2)

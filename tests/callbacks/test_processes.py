@@ -1,0 +1,81 @@
+"""Two processes (gloo): one decides, both hold the same weights."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from nets import Module, Net, distance, loader, quiet_trainer, ranks, weights
+
+from lowrank_pl import DeepTwist, ExtractStructure, FixedRank, Targets
+from lowrank_pl.compression import Plan
+
+
+class Disagree(pl.Callback):
+    """The second process must not be asked for ranks, and its projections come out slightly different."""
+
+    def on_train_start(self, trainer, pl_module):
+        if trainer.global_rank == 1:
+            original = Plan.factor
+
+            def refuse(plan):
+                raise AssertionError("asked")
+
+            def factor(plan, chosen):
+                structures = original(plan, chosen)
+                for structure in structures.values():
+                    structure.operators[0].mul_(1.00001)
+                return structures
+
+            Plan.choose_ranks, Plan.factor = refuse, factor
+
+
+class Watch(pl.Callback):
+    """Everything that this process saw, in a file of its own."""
+
+    def __init__(self, folder):
+        self.folder, self.after, self.validated = folder, {}, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.after[trainer.global_step] = weights(pl_module.net)
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.validated.append(weights(pl_module.net))
+
+    def on_fit_end(self, trainer, pl_module):
+        seen = {"after": self.after, "validated": self.validated, "end": weights(pl_module.net)}
+        torch.save(seen, self.folder / f"rank{trainer.global_rank}.pt")
+        trainer.save_checkpoint(self.folder / "after.ckpt")
+
+
+@pytest.mark.timeout(300)
+def test_both_hold_the_weights_of_the_first(tmp_path):
+    net = Net(norm=True)
+    callback = DeepTwist(2, "svd", FixedRank(2), Targets(), recalibrate_bn=1, monitor_loss=True)
+    extract = ExtractStructure(tmp_path / "compressed", submodule="net")
+    loop = quiet_trainer(
+        tmp_path,
+        Disagree(),
+        callback,
+        extract,
+        Watch(tmp_path),
+        strategy="ddp_spawn",
+        devices=2,
+        max_epochs=1,
+        num_sanity_val_steps=0,
+    )
+    loop.fit(Module(net), loader(), loader(2))
+    one, two = (torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in (0, 1))
+    names = [name for name in one["end"] if not name.startswith("norm.") or "weight" in name]
+    for step in (1, 2, 3):
+        assert all(torch.equal(one["after"][step][n], two["after"][step][n]) for n in names)
+    for a, b in [*zip(one["validated"], two["validated"], strict=True), (one["end"], two["end"])]:
+        assert all(torch.equal(a[n], b[n]) for n in names)
+    assert all(torch.equal(one["end"][n], two["end"][n]) for n in one["end"])  # the re-estimated ones too
+    low = []
+    for state in (one["after"][1], one["after"][2], one["after"][3], one["validated"][0], one["end"]):
+        net.load_state_dict(state)
+        low.append(set(ranks(net).values()) == {2})
+    assert low == [False, True, False, True, True]
+    state = torch.load(tmp_path / "after.ckpt", weights_only=True)["state_dict"]
+    assert distance({n.removeprefix("net."): t for n, t in state.items()}, one["after"][3]) == 0
+    assert (tmp_path / "compressed" / "model.safetensors").is_file()

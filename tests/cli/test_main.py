@@ -1,0 +1,86 @@
+"""The command line from outside."""
+
+import csv
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from lowrank_pl import load_compressed
+from lowrank_pl.models import LeNet300
+
+SMALL = ["model=lenet300", "data.size=8", "targets=all", "compression.S_D=7", "trainer.max_epochs=2"]
+
+
+def lowrank_pl(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-c", "from lowrank_pl.cli import main; main()", *arguments]
+    return subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("cli")
+    done = lowrank_pl("train", *SMALL, folder=folder)
+    assert done.returncode == 0, done.stderr
+    (directory,) = (folder / "runs").iterdir()
+    return directory, done.stdout
+
+
+def test_a_run_leaves_everything(run: tuple[Path, str]) -> None:
+    directory, _ = run
+    for name in ("config.yaml", "run.json", "metrics.csv", "report.json", "report.md", "figure.png",
+                 "compressed/model.safetensors", "compressed/structure.json", "checkpoints/last.ckpt"):  # fmt: skip
+        assert (directory / name).stat().st_size > 0, name
+    facts = json.loads((directory / "run.json").read_text())
+    assert facts["status"] == "finished"
+    assert facts["seed"] == 0
+    assert facts["command"] == f"lowrank-pl train {' '.join(SMALL)}"
+    assert facts["versions"]["torch"] == version("torch")
+
+
+def test_the_report_agrees_with_the_network_on_disk(run: tuple[Path, str]) -> None:
+    directory, output = run
+    report = json.loads((directory / "report.json").read_text())
+    net = load_compressed(LeNet300(input_shape=(1, 8, 8)), directory / "compressed")
+    assert report["compressed"]["params"] == sum(p.numel() for p in net.parameters())
+    assert report["dense"]["params"] == sum(p.numel() for p in LeNet300(input_shape=(1, 8, 8)).parameters())
+    assert set(report["dense"]) == set(report["compressed"]) == {"accuracy", "params", "macs", "latency_ms"}
+    assert report["compressed"]["macs"] < report["dense"]["macs"]
+    assert f"{100 * report['compressed']['accuracy']:.2f} %" in output
+    assert [layer["name"] for layer in report["layers"]] == ["fc1", "fc2", "fc3"]
+
+
+def test_the_distortions_are_logged_and_the_config_is_resolved(run: tuple[Path, str]) -> None:
+    directory, _ = run
+    rows = list(csv.DictReader((directory / "metrics.csv").open()))
+    assert [int(row["step"]) for row in rows if row["lowrank/delta_w"]] == [7, 14, 21]
+    assert any(row["val/accuracy"] for row in rows)
+    assert "${" not in (directory / "config.yaml").read_text()
+
+
+def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = "import sys; sys.argv = ['lowrank-pl', '--help']; from lowrank_pl.cli import main; main(); "
+    code += "assert not {'torch', 'hydra', 'pytorch_lightning'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "unknown command 'trian'"),
+        (["train", "compression.SD=3"], "compression.SD"),
+        (["train", "model=lenet6"], "lenet6"),
+        (["train", "compression.S_D=0"], "S_D"),
+        (["train", "data=arrays", "data.file=nothing.npz"], "nothing.npz"),
+        (["bench", "nothing"], "projection_vgg16"),
+    ],
+)
+def test_bad_input_is_named(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = lowrank_pl(*arguments, folder=tmp_path)
+    assert done.returncode != 0
+    assert message in done.stderr

@@ -1,0 +1,95 @@
+"""What every rank rule promises, for every decomposition; new rules are found by themselves."""
+
+import dataclasses
+
+import pytest
+import torch
+from cases import DECOMPOSITIONS, LAYERS, RULES, finals, make_layer, make_problem, supports
+
+from lowrank_pl.ranks import CompressionRatio, EnergyThreshold, FixedRank, RankFraction, RankRule
+
+each_rule = pytest.mark.parametrize("rule", RULES, ids=str)
+each_decomposition = pytest.mark.parametrize("decomposition", DECOMPOSITIONS, ids=lambda x: str(x).replace(" ", ""))
+
+
+def problems_of(decomposition, dtype=torch.float64):
+    return [make_problem(decomposition, name, dtype) for name in LAYERS if supports(decomposition, make_layer(name)[0])]
+
+
+def test_every_rule_has_an_instance():
+    assert {type(rule) for rule in RULES} == set(finals(RankRule))
+
+
+@pytest.mark.parametrize("kind", list(finals(RankRule)))
+def test_final_and_frozen(kind):
+    assert kind.__final__
+    assert kind.__dataclass_params__.frozen
+
+
+@each_rule
+@each_decomposition
+def test_one_rank_within_bounds_for_each_problem(decomposition, rule):
+    problems = problems_of(decomposition)
+    ranks = rule(problems)
+    assert len(ranks) == len(problems)
+    for problem, rank in zip(problems, ranks, strict=True):
+        full = decomposition.full_rank(problem.layer)
+        assert isinstance(rank, tuple)
+        assert len(rank) == len(full)
+        assert all(type(r) is int and 1 <= r <= most for r, most in zip(rank, full, strict=True))
+        decomposition.factor(problem.weight, problem.layer, rank)
+
+
+@each_rule
+@each_decomposition
+def test_choices_do_not_depend_on_scale_or_order(decomposition, rule):
+    problems = problems_of(decomposition)
+    scaled = [dataclasses.replace(problem, weight=problem.weight * 2.0**20) for problem in reversed(problems)]
+    assert rule(scaled) == rule(problems)[::-1]
+
+
+@each_rule
+def test_no_problems(rule):
+    assert rule([]) == []
+
+
+@each_rule
+def test_zero_weights(rule):
+    problem = make_problem(DECOMPOSITIONS[0], "conv2d")
+    zero = dataclasses.replace(problem, weight=torch.zeros_like(problem.weight))
+    ((r,),) = rule([zero])
+    assert 1 <= r <= problem.full[0]
+
+
+@each_rule
+def test_notes_are_text(rule):
+    for decomposition in DECOMPOSITIONS:
+        problems = problems_of(decomposition)
+        for problem, rank in zip(problems, rule(problems), strict=True):
+            assert isinstance(rule.note(problem, rank), str | None)
+
+
+def test_weights_are_counted_as_stored():
+    for decomposition in DECOMPOSITIONS:
+        for problem in problems_of(decomposition):
+            structure = decomposition.factor(problem.weight, problem.layer, problem.full)
+            parameters = structure.to_module(None).parameters()
+            assert problem.num_weights(problem.full) == sum(p.numel() for p in parameters)
+
+
+BAD_ARGUMENTS = [
+    (FixedRank, "r", [0, -1, 2.0, "2", None, True, (2,)]),
+    (RankFraction, "R_c", [0, -0.5, 1.01, 2, "0.5", None, True, float("nan"), float("inf")]),
+    (CompressionRatio, "x", [0, 0.99, -2, "2", None, True, float("nan")]),
+    (EnergyThreshold, "p", [0, 1, -0.1, 1.5, "0.9", None, True, float("nan")]),
+]
+
+
+@pytest.mark.parametrize(("kind", "argument", "value"), [(k, a, v) for k, a, values in BAD_ARGUMENTS for v in values])
+def test_bad_arguments(kind, argument, value):
+    with pytest.raises(ValueError, match=rf"`{argument}`.* but got "):
+        kind(value)
+
+
+def test_every_rule_has_bad_arguments():
+    assert {kind for kind, *_ in BAD_ARGUMENTS} == set(finals(RankRule))

@@ -1,0 +1,73 @@
+"""Every configuration composes, and what it names exists."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.errors import ConfigCompositionException
+from hydra.utils import get_class, get_method, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+CONF = Path(__file__).parents[1] / "conf"
+EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*/cells.yaml"))
+OPTIONS = sorted(
+    f"{path.parent.name}={path.stem}"
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name not in ("hydra", "__pycache__")
+)
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_module("lowrank_pl.conf", version_base="1.3"):
+        return compose("train", [*overrides, "paths.run=/run", "paths.data=/data"])
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_names_real_arguments(option: str) -> None:
+    extra = ["data.file=images.npz"] if option in ("data=arrays",) or option.startswith("experiment") else []
+    config = composed(option, *extra)
+    for node in nodes(config):
+        target = str(node["_target_"])
+        function = get_class(target) if target.rsplit(".", 1)[1][0].isupper() else get_method(target)
+        accepted = inspect.signature(function).parameters
+        keywords = {key for key in node if not str(key).startswith("_")}
+        assert keywords <= set(accepted) or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+
+
+def nodes(config: DictConfig) -> list[DictConfig]:
+    found = [config] if "_target_" in config else []
+    for key in config:
+        if isinstance(config[key], DictConfig):
+            found += nodes(config[key])
+    return found
+
+
+def test_the_default_is_the_promised_one() -> None:
+    callback = instantiate(composed().compression, _convert_="all")
+    assert type(callback).__name__ == "DeepTwist"
+    assert callback.S_D == 20
+    assert type(callback.method).__name__ == "BlockSVD"
+    assert callback.rank.x == 3.0
+    assert composed().model.net.depth == 20
+
+
+def test_mappings_of_layers_to_choices_come_through_a_config_file() -> None:
+    written = "{method: {'*conv1': svd, '*': tucker2}, rank: {'*': {_target_: lowrank_pl.FixedRank, r: 2}}}"
+    config = composed()
+    config.compression.method, config.compression.rank = None, None
+    callback = instantiate(OmegaConf.merge(config.compression, OmegaConf.create(written)), _convert_="all")
+    assert list(callback.method) == ["*conv1", "*"]
+    assert callback.rank["*"].r == 2
+
+
+def test_an_unknown_key_is_refused() -> None:
+    with pytest.raises(ConfigCompositionException, match="compression\\.SD"):
+        composed("compression.SD=3")
+
+
+@pytest.mark.parametrize("cells", EXPERIMENTS, ids=lambda path: path.parent.name)
+def test_every_cell_of_an_experiment_composes(cells: Path) -> None:
+    spec = OmegaConf.to_container(OmegaConf.load(cells))
+    for overrides in spec["cells"].values():
+        composed(*f"{spec['command']} {overrides}".format(data="/data", weights="/weights").split())
