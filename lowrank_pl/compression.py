@@ -44,6 +44,13 @@ class Compression:
         """Whether the factors have fewer weights than the layer."""
         return count_weights(self.decomposition.stages(self.layer, rank)) < self.layer.num_weights
 
+    def note(self, rank: Rank) -> str:
+        """What a user should know about this rank: why it is not the one asked for, or why the layer stays dense."""
+        if not self.is_cheaper(rank):
+            weights = count_weights(self.decomposition.stages(self.layer, rank))
+            return f"{describe(self.decomposition)} of rank {', '.join(map(str, rank))} has {weights:,} weights"
+        return self.rule.note(self.problem, rank) or ""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -87,7 +94,7 @@ class Plan:
                 structures[c.name] = (
                     c.decomposition.factor(c.weight, c.layer, ranks[c.name])
                     if c.is_cheaper(ranks[c.name])
-                    else Dense(c.layer, c.weight)
+                    else Dense(c.layer, ranks[c.name], c.weight)
                 )
             except ValueError as error:
                 raise ValueError(f"Layer {c.name!r}: {error}") from error
@@ -104,11 +111,9 @@ class Plan:
             c, rank = by_name[name], ranks[name]
             weights = count_weights(c.decomposition.stages(c.layer, rank))
             if not c.is_cheaper(rank):
-                note = f"{describe(c.decomposition)} of rank {', '.join(map(str, rank))} has {weights:,}"
-                rows.append(Row(name, "dense", None, spec.num_weights, spec.num_weights, note))
+                rows.append(Row(name, "dense", None, spec.num_weights, spec.num_weights, c.note(rank)))
                 continue
-            note = c.rule.note(c.problem, rank) or ""
-            rows.append(Row(name, describe(c.decomposition), rank, spec.num_weights, weights, note))
+            rows.append(Row(name, describe(c.decomposition), rank, spec.num_weights, weights, c.note(rank)))
         return rows
 
     def check_finite(self) -> None:

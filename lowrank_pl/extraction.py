@@ -64,8 +64,8 @@ def extract(
     notes = dict(plan.dense)
     for c in plan.compressions:
         structure = structures[c.name]
+        notes[c.name] = c.note(structure.rank)
         if isinstance(structure, Dense):
-            notes[c.name] = "would not be cheaper"
             continue
         layer = layers[c.name]
         x = _sample(layer, c.layer.kernel, trace.samples.get(c.name) if trace else None)
@@ -74,7 +74,8 @@ def extract(
         _verify(c.name, layer, structure.reconstruct(), module, x)
         if isinstance(module, TiledLayer) and c.decomposition.run is None:  # type: ignore[attr-defined]
             module.run = _faster_run(module, x) if trace and c.name in trace.samples else "dense"
-        notes[c.name] = _RUNS[module.run] if isinstance(module, TiledLayer) else ""
+        if isinstance(module, TiledLayer):
+            notes[c.name] = "; ".join(filter(None, [notes[c.name], _RUNS[module.run]]))
         replacements[layer] = module
         entries[c.name] = {
             "structure": {

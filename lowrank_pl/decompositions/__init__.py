@@ -1,11 +1,12 @@
 """Structures that a weight can be projected onto, one file each."""
 
-from lowrank_pl.decompositions.base import Decomposition, Rank
+from lowrank_pl.decompositions.base import Decomposition
 from lowrank_pl.decompositions.block_svd import BlockSVD
 from lowrank_pl.decompositions.spatial_svd import SpatialSVD
 from lowrank_pl.decompositions.structure import (
     Chain,
     Dense,
+    Rank,
     Structure,
     Tiles,
     count_macs,

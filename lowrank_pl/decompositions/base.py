@@ -6,10 +6,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from lowrank_pl.decompositions.structure import Structure
+from lowrank_pl.decompositions.structure import Rank, Structure
 from lowrank_pl.layer_spec import LayerSpec
-
-Rank = tuple[int, ...]
 
 
 class Decomposition(ABC):

@@ -7,8 +7,8 @@ from typing import final
 
 from torch import Tensor
 
-from lowrank_pl.decompositions.base import Decomposition, Rank
-from lowrank_pl.decompositions.structure import Chain
+from lowrank_pl.decompositions.base import Decomposition
+from lowrank_pl.decompositions.structure import Chain, Rank
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import as_operator
 from lowrank_pl.linalg import tail_energies, truncated_svd
@@ -54,7 +54,7 @@ class BlockSVD(Decomposition):
         left, right = (x.to(weight.dtype) for x in truncated_svd(self._matrices(weight, layer), rank[0]))
         stages = self.stages(layer, rank)
         mixing = left.transpose(0, 1).reshape(stages[1].operator_shape)  # [T, blocks r]
-        return Chain(layer, stages, (right.reshape(stages[0].operator_shape), mixing))
+        return Chain(layer, rank, stages, (right.reshape(stages[0].operator_shape), mixing))
 
     def _matrices(self, weight: Tensor, layer: LayerSpec) -> Tensor:
         """`[blocks, T, c d d]`."""

@@ -7,8 +7,8 @@ from typing import Any, final
 
 from torch import Tensor
 
-from lowrank_pl.decompositions.base import Decomposition, Rank
-from lowrank_pl.decompositions.structure import Chain
+from lowrank_pl.decompositions.base import Decomposition
+from lowrank_pl.decompositions.structure import Chain, Rank
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.linalg import tail_energies, truncated_svd
 
@@ -46,7 +46,7 @@ class SpatialSVD(Decomposition):
         stages = self.stages(layer, rank)
         columns = right.reshape(stages[0].operator_shape)  # [r, S, d, 1]
         rows = left.unflatten(0, (layer.out_channels, -1)).transpose(1, 2).unsqueeze(2)  # [T, r, 1, d]
-        return Chain(layer, stages, (columns, rows))
+        return Chain(layer, rank, stages, (columns, rows))
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.permute(0, 3, 1, 2).flatten(0, 1).flatten(1)

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import Run, TiledLayer, as_stored, build, build_with
 
+Rank = tuple[int, ...]
+
 
 class Structure(ABC):
-    """A weight of `layer` as factors; counted as it will be deployed."""
+    """A weight of `layer` as factors at some `rank`; counted as it will be deployed."""
 
     layer: LayerSpec
+    rank: Rank
 
     @property
     @abstractmethod
@@ -45,9 +48,10 @@ class Structure(ABC):
 @final
 @dataclass(frozen=True)
 class Dense(Structure):
-    """A weight kept as it is, because no factorization allowed here is cheaper."""
+    """A weight kept as it is, because no factorization allowed here is cheaper, not even at the chosen rank."""
 
     layer: LayerSpec
+    rank: Rank
     weight: Tensor
 
     @property
@@ -74,6 +78,7 @@ class Chain(Structure):
     """Ordinary layers one after another: `stages` and their weights as operators `[T, S / groups, *kernel]`."""
 
     layer: LayerSpec
+    rank: Rank
     stages: tuple[LayerSpec, ...]
     operators: tuple[Tensor, ...]
 
@@ -105,8 +110,8 @@ class Tiles(Structure):
     """A grid of low-rank tiles of the lowered matrix: the factors of `TiledLayer`, region by region."""
 
     layer: LayerSpec
+    rank: Rank
     tile: int
-    rank: int
     left: tuple[Tensor, ...]
     right: tuple[Tensor, ...]
     run: Run = "dense"
@@ -135,13 +140,13 @@ class Tiles(Structure):
             "kind": "tiles",
             "layer": self.layer.to_dict(),
             "tile": self.tile,
-            "rank": self.rank,
+            "rank": self.rank[0],
             "run": self.run,
         }
 
     def _fill(self, bias: Tensor | None) -> TiledLayer:
         with torch.device("meta"):
-            module = TiledLayer(self.layer, self.tile, self.rank, bias is not None, self.run)
+            module = TiledLayer(self.layer, self.tile, self.rank[0], bias is not None, self.run)
         for empty, factors in ((module.left, self.left), (module.right, self.right)):
             for i, factor in enumerate(factors):
                 empty[i] = nn.Parameter(factor.detach().clone(memory_format=torch.contiguous_format))

@@ -7,8 +7,8 @@ from typing import final
 
 from torch import Tensor
 
-from lowrank_pl.decompositions.base import Decomposition, Rank
-from lowrank_pl.decompositions.structure import Chain
+from lowrank_pl.decompositions.base import Decomposition
+from lowrank_pl.decompositions.structure import Chain, Rank
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import as_operator
 from lowrank_pl.linalg import tail_energies, truncated_svd
@@ -58,7 +58,7 @@ class SVD(Decomposition):
                 left.mT.reshape(stages[0].operator_shape),
                 per_output.reshape(stages[1].operator_shape),
             )
-        return Chain(layer, stages, operators)
+        return Chain(layer, rank, stages, operators)
 
     def _matrix_shape(self, layer: LayerSpec) -> tuple[int, int]:
         rows = layer.in_channels if layer.kind == "conv_transpose" else layer.out_channels

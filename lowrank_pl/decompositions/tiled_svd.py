@@ -9,8 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lowrank_pl.decompositions.base import Decomposition, Rank
-from lowrank_pl.decompositions.structure import Tiles
+from lowrank_pl.decompositions.base import Decomposition
+from lowrank_pl.decompositions.structure import Rank, Tiles
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import Run, tile_regions
 from lowrank_pl.linalg import tail_energies, truncated_svd
@@ -70,7 +70,7 @@ class TiledSVD(Decomposition):
             left, right = truncated_svd(tiles, min(rank[0], *tiles.shape[-2:]))
             lefts.append(left.transpose(1, 2).flatten(2).to(weight.dtype))  # [m, h, n r]
             rights.append(right.transpose(0, 1).flatten(1, 2).to(weight.dtype))  # [n, m r, w]
-        return Tiles(layer, self.side(layer), rank[0], tuple(lefts), tuple(rights), self.run or "dense")
+        return Tiles(layer, rank, self.side(layer), tuple(lefts), tuple(rights), self.run or "dense")
 
     def _tiles(self, weight: Tensor, layer: LayerSpec) -> list[Tensor]:
         matrix = weight.flatten(1)

@@ -7,9 +7,9 @@ from typing import final
 
 from torch import Tensor
 
-from lowrank_pl.decompositions.base import Decomposition, Rank
+from lowrank_pl.decompositions.base import Decomposition
 from lowrank_pl.decompositions.spatial_svd import only_ungrouped_conv2d
-from lowrank_pl.decompositions.structure import Chain
+from lowrank_pl.decompositions.structure import Chain, Rank
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.linalg import tail_energies, tucker2, unfold
 
@@ -49,4 +49,4 @@ class Tucker2(Decomposition):
         operators = tuple(
             x.reshape(stage.operator_shape) for x, stage in zip((inner, core, outer), stages, strict=True)
         )
-        return Chain(layer, stages, operators)
+        return Chain(layer, rank, stages, operators)
