@@ -71,7 +71,7 @@ def extract(
         x = _sample(layer, c.layer.kernel, trace.samples.get(c.name) if trace else None)
         module = structure.to_module(layer.bias).train(layer.training)  # type: ignore[arg-type]
         module.requires_grad_(any(p.requires_grad for p in layer.parameters()))
-        _verify(c.name, layer, structure.reconstruct(), module, x)
+        _verify(c.name, layer, structure.reconstruct(torch.float64), module, x)
         if isinstance(module, TiledLayer) and c.decomposition.run is None:  # type: ignore[attr-defined]
             module.run = _faster_run(module, x) if trace and c.name in trace.samples else "dense"
         if isinstance(module, TiledLayer):
@@ -83,7 +83,6 @@ def extract(
                 **({"run": module.run} if isinstance(module, TiledLayer) else {}),
             },
             "replaces": c.layer.to_dict(),
-            "bias": layer.bias is not None,
         }
     if not entries:
         warnings.warn("No layer was compressed: all of them stay dense. See the table of reasons.", stacklevel=2)

@@ -95,20 +95,41 @@ class LayerSpec:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LayerSpec:
-        """The inverse of `to_dict`. Raises `ValueError` for anything that is not a sane layer."""
+    def from_dict(cls, values: Any) -> LayerSpec:
+        """The inverse of `to_dict`. Raises `ValueError` for anything that is not a sane layer, or is absurdly large."""
         known = {field.name for field in fields(cls)} - {"inputs"}
-        if not isinstance(values, dict) or set(values) != known:
+        if not isinstance(values, dict) or set(values) != known or not _is_sane(values):
             raise ValueError(f"Expected a layer with the keys {sorted(known)} but got {values!r:.200}")
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        spec = cls(**plain)
-        sizes = (spec.kernel, spec.stride, spec.dilation)
-        numbers = [spec.in_channels, spec.out_channels, spec.groups, *(n for size in sizes for n in size)]
-        numbers += [n + 1 for size in (spec.padding, spec.output_padding) if not isinstance(size, str) for n in size]
-        if (
-            spec.kind not in ("linear", "conv", "conv_transpose")
-            or (isinstance(spec.padding, str) and spec.padding != "same")
-            or not all(type(n) is int and n >= 1 for n in numbers)
-        ):
-            raise ValueError(f"Expected a layer of positive sizes but got {values!r:.200}")
-        return spec
+        return cls(**plain)
+
+
+def _is_sane(values: dict[str, Any]) -> bool:
+    """Whether the values of a dictionary from elsewhere make a layer that PyTorch could build."""
+
+    def sizes(name: str, least: int) -> bool:
+        numbers, axes = values[name], len(values["kernel"]) if name != "kernel" else None
+        return (
+            isinstance(numbers, list)
+            and (axes is None or len(numbers) == axes)
+            and all(type(n) is int and least <= n < _LARGEST for n in numbers)
+        )
+
+    channels = [values[name] for name in ("in_channels", "out_channels", "groups")]
+    if not (sizes("kernel", 1) and all(type(n) is int and 1 <= n < _LARGEST for n in channels)):
+        return False
+    axes = (0,) if values["kind"] == "linear" else (1, 2, 3)
+    return (
+        values["kind"] in ("linear", "conv", "conv_transpose")
+        and len(values["kernel"]) in axes
+        and channels[0] % channels[2] == channels[1] % channels[2] == 0
+        and math.prod([channels[0], channels[1], *values["kernel"]]) < _LARGEST
+        and sizes("stride", 1)
+        and sizes("dilation", 1)
+        and (values["padding"] == "same" or sizes("padding", 0))
+        and (values["output_padding"] == [] or sizes("output_padding", 0))
+        and values["padding_mode"] in ("zeros", "reflect", "replicate", "circular")
+    )
+
+
+_LARGEST = 2**40

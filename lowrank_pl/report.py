@@ -17,7 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl.compression import Row
 from lowrank_pl.extraction import RECORD
-from lowrank_pl.surgery import find_layers, num_parameters, record, run
+from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers import TiledLayer, spec_of
+from lowrank_pl.surgery import Trace, find_layers, num_parameters, record, run
 from lowrank_pl.timing import median_ms
 
 BATCHES = (1, 32)
@@ -122,20 +124,16 @@ def summarize(dense: nn.Module, compressed: nn.Module, example_input: Any = None
     PyTorch's own counter on its first element. Without it, or with `latency=False`, nothing is timed. Both networks
     are left as they were.
     """
-    names = find_layers(dense)
     entry = getattr(compressed, RECORD, {"layers": {}, "notes": {}})
-    parts = {name: (layer, compressed.get_submodule(name)) for name, layer in names.items()}
+    parts = {name: (layer, compressed.get_submodule(name)) for name, layer in find_layers(dense).items()}
     if example_input is None:
-        sizes = {name: (_size(a), _size(b)) for name, (a, b) in parts.items()}
-        total = _size(dense), _size(compressed)
+        total = Size(num_parameters(dense)), Size(num_parameters(compressed))
+        trace = Trace()
     else:
         arguments = example_input if isinstance(example_input, tuple) else (example_input,)
         total = _measure((dense, compressed), arguments, latency)
-        samples = record(dense, example_input).samples
-        sizes = {
-            name: _measure(pair, (samples[name],), latency) if name in samples else (_size(pair[0]), _size(pair[1]))
-            for name, pair in parts.items()
-        }
+        trace = record(dense, example_input)
+    sizes = {name: _layer_sizes(name, pair, trace, entry["layers"].get(name), latency) for name, pair in parts.items()}
     layers = [
         LayerSize(name, _structure_name(entry["layers"].get(name)), *sizes[name], entry["notes"].get(name, ""))
         for name in parts
@@ -163,6 +161,39 @@ def print_plan(rows: Sequence[Row], console: Console | None = None) -> None:
 def terminal() -> Console:
     """Standard output; 100 columns wide where that is no terminal."""
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100)
+
+
+def _layer_sizes(
+    name: str, pair: tuple[nn.Module, nn.Module], trace: Trace, entry: dict[str, Any] | None, latency: bool
+) -> tuple[Size, Size]:
+    """A layer and what replaces it, for one input of the network: all its calls, tokens and windows count."""
+    inputs = trace.inputs(name)
+    if not inputs:
+        return Size(num_parameters(pair[0])), Size(num_parameters(pair[1]))
+    spec = spec_of(pair[0]).with_(inputs=inputs)
+    times: dict[str, list[float]] = {}
+    for size in BATCHES if latency else ():
+        batch = _batch((trace.samples[name],), size * inputs[0][0])
+        times[str(size)] = median_ms([_runner(copy.deepcopy(m).eval(), batch) for m in pair], batch[0].device.type)
+    macs = spec.macs, _deployed_macs(spec, pair[1], entry)
+    first, second = (
+        Size(num_parameters(module), macs[i], {size: ms[i] for size, ms in times.items()})
+        for i, module in enumerate(pair)
+    )
+    return first, second
+
+
+def _deployed_macs(spec: LayerSpec, module: nn.Module, entry: dict[str, Any] | None) -> int | None:
+    if entry is None or spec.macs is None:
+        return spec.macs
+    if isinstance(module, TiledLayer):
+        weights = num_parameters(module) - (0 if module.bias is None else module.bias.numel())
+        return spec.macs if module.run == "dense" else spec.macs // spec.num_weights * weights
+    total, inputs = 0, spec.inputs
+    for values in entry["structure"]["stages"]:
+        stage = LayerSpec.from_dict(values).with_(inputs=inputs)
+        total, inputs = total + (stage.macs or 0), stage.outputs
+    return total
 
 
 def _measure(pair: tuple[nn.Module, nn.Module], arguments: tuple[Any, ...], latency: bool) -> tuple[Size, Size]:
@@ -199,10 +230,6 @@ def _count_macs(module: nn.Module, batch: tuple[Any, ...]) -> int:
 def _batch(arguments: tuple[Any, ...], size: int) -> tuple[Any, ...]:
     """The arguments with so many inputs, repeated as needed."""
     return tuple(x[torch.arange(size) % len(x)] if isinstance(x, Tensor) else x for x in arguments)
-
-
-def _size(module: nn.Module) -> Size:
-    return Size(num_parameters(module))
 
 
 def _structure_name(entry: dict[str, Any] | None) -> str:

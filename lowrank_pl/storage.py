@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from lowrank_pl.layers import spec_of
 from lowrank_pl.surgery import detached_copy, find_layers, replace_layers
 
 FORMAT = 1
+_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def save_compressed(model: nn.Module, dirpath: str | Path) -> None:
@@ -33,7 +38,8 @@ def save_compressed(model: nn.Module, dirpath: str | Path) -> None:
             f"{type(model).__name__} carries no record of one"
         )
     weights = save({name: tensor.detach().contiguous().cpu().clone() for name, tensor in _state(model).items()})
-    structure = {"format": FORMAT, "sha256": hashlib.sha256(weights).hexdigest(), **record}
+    structure = {"format": FORMAT, **record}
+    structure["sha256"] = checksum(weights, structure)
     folder = Path(dirpath)
     folder.mkdir(parents=True, exist_ok=True)
     write_files({
@@ -53,11 +59,10 @@ def load_compressed(model: nn.Module, dirpath: str | Path) -> nn.Module:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"Expected a folder written by save_compressed but {folder / name} is missing")
     structure = _read_structure(folder / "structure.json")
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    if digest != structure["sha256"]:
+    if checksum((folder / "model.safetensors").read_bytes(), structure) != structure["sha256"]:
         raise ValueError(
-            f"{folder / 'model.safetensors'} is truncated or altered: its checksum is not the one in structure.json. "
-            "Save the network again"
+            f"{folder} is truncated or altered: the checksum of model.safetensors and structure.json is not the one "
+            "that was written with them. Save the network again"
         )
     skeleton = _rebuild(model, structure["layers"], folder)
     tensors = _read_tensors(folder / "model.safetensors", _state(skeleton))
@@ -73,20 +78,36 @@ def load_compressed(model: nn.Module, dirpath: str | Path) -> nn.Module:
     return skeleton
 
 
+def checksum(weights: bytes, structure: dict[str, Any]) -> str:
+    """SHA-256 of both files' contents, the checksum itself apart. It tells damage, not malice."""
+    described = json.dumps({key: value for key, value in structure.items() if key != "sha256"}, sort_keys=True)
+    return hashlib.sha256(weights + described.encode()).hexdigest()
+
+
 def write_files(contents: dict[Path, bytes]) -> None:
-    """Write all files beside their places, then move them there: a failure on the way leaves the old ones."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
+    """Write all files beside their places, then move them there: whatever fails on the way, the old ones are back."""
+    beside = {path: path.with_name(f".{path.name}.{os.getpid()}.new") for path in contents}
+    kept = {path: path.with_name(f".{path.name}.{os.getpid()}.old") for path in contents if path.exists()}
+    moved: list[Path] = []
     try:
         for path, data in contents.items():
-            with open(temporary[path], "wb") as file:
+            with open(beside[path], "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        for path, beside in temporary.items():
-            os.replace(beside, path)
+        if len(contents) > 1:  # the move of a single file cannot be half done
+            for path, old in kept.items():
+                shutil.copy2(path, old)
+        for path, new in beside.items():
+            os.replace(new, path)
+            moved.append(path)
+    except BaseException:
+        for path in moved:
+            os.replace(kept[path], path) if path in kept else path.unlink()
+        raise
     finally:
-        for beside in temporary.values():
-            beside.unlink(missing_ok=True)
+        for leftover in (*beside.values(), *kept.values()):
+            leftover.unlink(missing_ok=True)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -105,7 +126,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 def _read_structure(path: Path) -> dict[str, Any]:
     try:
         structure = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or altered: it is not JSON. Save the network again") from error
     fields = {"format": int, "sha256": str, "layers": dict, "notes": dict}
     if not isinstance(structure, dict) or any(not isinstance(structure.get(k), t) for k, t in fields.items()):
@@ -121,7 +142,7 @@ def _rebuild(model: nn.Module, entries: dict[str, Any], folder: Path) -> nn.Modu
     layers = find_layers(skeleton)
     replacements = {}
     for name, entry in entries.items():
-        if not isinstance(entry, dict) or not {"structure", "replaces", "bias"} <= set(entry):
+        if not isinstance(entry, dict) or not {"structure", "replaces"} <= set(entry):
             raise ValueError(f"Layer {name!r} in {folder / 'structure.json'} is altered. Save the network again")
         if name not in layers or entry["replaces"] != spec_of(layers[name]).to_dict():
             raise ValueError(
@@ -129,7 +150,8 @@ def _rebuild(model: nn.Module, entries: dict[str, Any], folder: Path) -> nn.Modu
                 f"{spec_of(layers[name]).to_dict() if name in layers else 'missing'} here"
             )
         with torch.device("meta"):
-            replacements[layers[name]] = module_from_dict(entry["structure"], bool(entry["bias"]))
+            module = module_from_dict(entry["structure"], spec_of(layers[name]), layers[name].bias is not None)
+            replacements[layers[name]] = module.to(layers[name].weight.dtype)  # type: ignore[arg-type]
     return replace_layers(skeleton, replacements).train(model.training)
 
 
@@ -137,13 +159,14 @@ def _read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """All tensors of the file, if their names and shapes are the expected ones."""
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: (*part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+            wanted = {name: (*tensor.shape, _TYPES.get(tensor.dtype)) for name, tensor in expected.items()}
             different = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
             if different:
                 name = different[0]
                 raise ValueError(
-                    f"{path} is for another network: {name!r} has shape {shapes.get(name)} there and "
+                    f"{path} is for another network: {name!r} is {shapes.get(name)} there and "
                     f"{wanted.get(name)} here ({len(different)} such tensors)"
                 )
             return {name: file.get_tensor(name) for name in shapes}

@@ -130,7 +130,8 @@ class Recorder:
 
 
 def record(model: nn.Module, example_input: Any) -> Trace:
-    """The trace of one forward pass, in evaluation mode and without gradient; the model's mode is restored."""
+    """The trace of one forward pass of a copy, in evaluation mode and without gradient."""
+    model = detached_copy(model)
     recorder = Recorder(model)
     try:
         run(model, example_input)

@@ -33,8 +33,8 @@ class Structure(ABC):
         """Multiply-adds for one input of the network; None while the layer has not been seen to run."""
 
     @abstractmethod
-    def reconstruct(self) -> Tensor:
-        """The dense weight that the factors make, in the shape and type that PyTorch stores."""
+    def reconstruct(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight that the factors make, as PyTorch stores it; in `dtype`, or in the factors' own type."""
 
     @abstractmethod
     def to_module(self, bias: Tensor | None) -> nn.Module:
@@ -62,8 +62,8 @@ class Dense(Structure):
     def macs(self) -> int | None:
         return self.layer.macs
 
-    def reconstruct(self) -> Tensor:
-        return self.weight
+    def reconstruct(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.weight.to(dtype or self.weight.dtype)
 
     def to_module(self, bias: Tensor | None) -> nn.Module:
         raise TypeError("A dense layer keeps its own module")
@@ -90,9 +90,10 @@ class Chain(Structure):
     def macs(self) -> int | None:
         return count_macs(self.stages)
 
-    def reconstruct(self) -> Tensor:
-        operator, groups = self.operators[0], self.stages[0].groups
-        for stage, following in zip(self.stages[1:], self.operators[1:], strict=True):
+    def reconstruct(self, dtype: torch.dtype | None = None) -> Tensor:
+        operators = [operator.to(dtype or operator.dtype) for operator in self.operators]
+        operator, groups = operators[0], self.stages[0].groups
+        for stage, following in zip(self.stages[1:], operators[1:], strict=True):
             operator, groups = _compose(operator, groups, following, stage.groups)
         return as_stored(operator, self.layer)
 
@@ -128,9 +129,9 @@ class Tiles(Structure):
         positions = self.layer.with_(inputs=self.layer.outputs, kind="linear").macs
         return None if positions is None else positions // self.layer.num_weights * self.num_weights
 
-    def reconstruct(self) -> Tensor:
+    def reconstruct(self, dtype: torch.dtype | None = None) -> Tensor:
         with torch.no_grad():
-            return self._fill(None).dense_weight()
+            return self._fill(None).to(dtype=dtype).dense_weight()
 
     def to_module(self, bias: Tensor | None) -> TiledLayer:
         return self._fill(bias)
@@ -155,18 +156,24 @@ class Tiles(Structure):
         return module
 
 
-def module_from_dict(values: dict[str, Any], bias: bool) -> nn.Module:
-    """An empty module for what `Structure.to_dict` described. Raises `ValueError` for anything else."""
-    kind = values.get("kind")
-    if kind == "chain" and isinstance(values.get("stages"), list) and values["stages"]:
+def module_from_dict(values: Any, layer: LayerSpec, bias: bool) -> nn.Module:
+    """An empty module for what `Structure.to_dict` described, in place of `layer`.
+
+    Raises `ValueError` for anything else, and for a structure that does not fit the layer.
+    """
+    values = values if isinstance(values, dict) else {"kind": None}
+    if values.get("kind") == "chain" and isinstance(values.get("stages"), list) and values["stages"]:
         stages = [LayerSpec.from_dict(stage) for stage in values["stages"]]
-        last = len(stages) - 1
-        return nn.Sequential(*(build(stage, bias=bias and i == last) for i, stage in enumerate(stages)))
-    if kind == "tiles" and values.get("run") in ("factors", "dense"):
-        tile, rank = values.get("tile"), values.get("rank")
-        if type(tile) is int and type(rank) is int and 1 <= rank <= tile:
-            return TiledLayer(LayerSpec.from_dict(values.get("layer", {})), tile, rank, bias, values["run"])
-    raise ValueError(f"Expected the structure of a layer, a chain or tiles, but got {values!r:.200}")
+        channels = [layer.in_channels, *(stage.out_channels for stage in stages)]
+        if channels[:-1] == [stage.in_channels for stage in stages] and channels[-1] == layer.out_channels:
+            last = len(stages) - 1
+            return nn.Sequential(*(build(stage, bias=bias and i == last) for i, stage in enumerate(stages)))
+    if values.get("kind") == "tiles" and values.get("run") in ("factors", "dense"):
+        tile, rank, spec = values.get("tile"), values.get("rank"), LayerSpec.from_dict(values.get("layer"))
+        fits = spec == layer.with_(inputs=()) and spec.kind != "conv_transpose" and spec.groups == 1
+        if fits and type(tile) is int and type(rank) is int and 1 <= rank <= tile <= min(spec.operator_shape[:2]):
+            return TiledLayer(spec, tile, rank, bias, values["run"])
+    raise ValueError(f"Expected the structure of a chain or of tiles for {layer} but got {values!r:.200}")
 
 
 def count_weights(stages: Sequence[LayerSpec]) -> int:

@@ -85,7 +85,7 @@ class TiledLayer(nn.Module):
         wants_grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
         if wants_grad or torch.compiler.is_compiling() or factors[0].is_inference():  # without versions
             return self.dense_weight()
-        key = [(id(factor), factor._version) for factor in factors]
+        key = [(factor.data_ptr(), factor._version) for factor in factors]
         if self._dense is None or self._dense[0] != key:
             with (
                 torch.inference_mode(False),

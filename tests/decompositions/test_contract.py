@@ -12,6 +12,7 @@ from cases import DECOMPOSITIONS, LAYERS, finals, make_layer, some_ranks, spec_o
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl.decompositions import Decomposition, Tucker2, count_macs, count_weights, module_from_dict
+from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import TiledLayer, spec_of
 
 PAIRS = [(d, name) for d in DECOMPOSITIONS for name in LAYERS]
@@ -201,7 +202,7 @@ def test_module_from_dictionary(decomposition, name):
     for bias in {None, layer.bias}:
         module = structure.to_module(bias)
         values = json.loads(json.dumps(structure.to_dict()))
-        empty = module_from_dict(values, bias is not None).double()
+        empty = module_from_dict(values, spec.with_(inputs=()), bias is not None).double()
         shapes = {key: value.shape for key, value in module.state_dict().items()}
         assert {key: value.shape for key, value in empty.state_dict().items()} == shapes
         empty.load_state_dict(module.state_dict())
@@ -253,4 +254,4 @@ def test_bfloat16(decomposition, name):
 )
 def test_bad_dictionary(values, bias):
     with pytest.raises(ValueError, match="Expected"):
-        module_from_dict(values, bias)
+        module_from_dict(values, LayerSpec("linear", 8, 8), bias)
