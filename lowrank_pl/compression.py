@@ -31,10 +31,16 @@ class Compression:
     rule: RankRule
 
     @property
-    def weight(self) -> Tensor:
+    def parameter(self) -> nn.Parameter:
+        """The weight as the module holds it."""
         weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight.detach()
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The same memory, for computing without a graph."""
+        return self.parameter.detach()
 
     @property
     def problem(self) -> RankProblem:

@@ -49,13 +49,15 @@ def extract(
     structures: Mapping[str, Structure],
     trace: Trace | None = None,
     shared: tuple[Any, ...] = (),
+    in_memory: bool = False,
 ) -> nn.Module:
     """A deep copy of `model` with a module of factors for every structure that is not dense.
 
-    Each is compared in float64 with the layer that it replaces, at the projected weight, on inputs from the trace (on
-    random ones where there are none): `RuntimeError` with the layer's name if outputs differ by more than 1e-4. A
-    record of what was done, in plain types, is left on the copy for `save_compressed` and `summarize`. Objects in
-    `shared`, such as a trainer, are not copied.
+    Each is compared in float64 with the layer that it replaces, on inputs from the trace (on random ones where there
+    are none): `RuntimeError` with the layer's name if outputs differ by more than 1e-4. The layer runs with the
+    projected weight, or, with `in_memory`, with the one that it holds, which has been projected. A record of what was
+    done, in plain types, is left on the copy for `save_compressed` and `summarize`. Objects in `shared`, such as a
+    trainer, are not copied.
     """
     extracted = detached_copy(model, shared)
     layers = find_layers(extracted)
@@ -71,7 +73,7 @@ def extract(
         x = _sample(layer, c.layer.kernel, trace.samples.get(c.name) if trace else None)
         module = structure.to_module(layer.bias).train(layer.training)  # type: ignore[arg-type]
         module.requires_grad_(any(p.requires_grad for p in layer.parameters()))
-        _verify(c.name, layer, structure.reconstruct(torch.float64), module, x)
+        _verify(c.name, layer, None if in_memory else structure.reconstruct(torch.float64), module, x)
         if isinstance(module, TiledLayer) and c.decomposition.run is None:  # type: ignore[attr-defined]
             module.run = _faster_run(module, x) if trace and c.name in trace.samples else "dense"
         if isinstance(module, TiledLayer):
@@ -105,11 +107,12 @@ def _sample(layer: nn.Module, kernel: tuple[int, ...], recorded: Tensor | None) 
 
 
 @torch.no_grad()
-def _verify(name: str, layer: nn.Module, projected: Tensor, module: nn.Module, x: Tensor) -> None:
+def _verify(name: str, layer: nn.Module, projected: Tensor | None, module: nn.Module, x: Tensor) -> None:
     """In float64, so that neither TF32 nor the order of sums plays a part."""
     with torch.autocast(x.device.type, enabled=False):
         dense = copy.deepcopy(layer).double()
-        dense.weight.copy_(projected)  # type: ignore[operator]
+        if projected is not None:
+            dense.weight.copy_(projected)  # type: ignore[operator]
         expected = dense(x.double())
         candidate = copy.deepcopy(module).double()
         for run in _RUNS if isinstance(candidate, TiledLayer) else (None,):

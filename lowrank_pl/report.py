@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -124,20 +124,35 @@ def summarize(dense: nn.Module, compressed: nn.Module, example_input: Any = None
     PyTorch's own counter on its first element. Without it, or with `latency=False`, nothing is timed. Both networks
     are left as they were.
     """
-    entry = getattr(compressed, RECORD, {"layers": {}, "notes": {}})
-    parts = {name: (layer, compressed.get_submodule(name)) for name, layer in find_layers(dense).items()}
     if example_input is None:
-        total = Size(num_parameters(dense)), Size(num_parameters(compressed))
-        trace = Trace()
-    else:
-        arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-        total = _measure((dense, compressed), arguments, latency)
-        trace = record(dense, example_input)
-    sizes = {name: _layer_sizes(name, pair, trace, entry["layers"].get(name), latency) for name, pair in parts.items()}
-    layers = [
-        LayerSize(name, _structure_name(entry["layers"].get(name)), *sizes[name], entry["notes"].get(name, ""))
-        for name in parts
-    ]
+        return summarize_layers(dense, compressed, Trace())
+    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    total = _measure((dense, compressed), arguments, latency)
+    return _report(dense, compressed, record(dense, example_input), total, latency)
+
+
+def summarize_layers(dense: nn.Module, compressed: nn.Module, trace: Trace) -> Report:
+    """The same from what a trace knows of the layers alone; the network's MACs are those of its layers."""
+    report = _report(dense, compressed, trace, (Size(0), Size(0)), latency=True)
+
+    def total(network: nn.Module, sizes: list[Size]) -> Size:
+        known = [size.macs for size in sizes if size.macs is not None]
+        return Size(num_parameters(network), sum(known) or None)
+
+    return replace(
+        report,
+        dense=total(dense, [layer.dense for layer in report.layers]),
+        compressed=total(compressed, [layer.compressed for layer in report.layers]),
+    )
+
+
+def _report(dense: nn.Module, compressed: nn.Module, trace: Trace, total: tuple[Size, Size], latency: bool) -> Report:
+    entry = getattr(compressed, RECORD, {"layers": {}, "notes": {}})
+    layers = []
+    for name, layer in find_layers(dense).items():
+        structure = entry["layers"].get(name)
+        sizes = _layer_sizes(name, (layer, compressed.get_submodule(name)), trace, structure, latency)
+        layers.append(LayerSize(name, _structure_name(structure), *sizes, entry["notes"].get(name, "")))
     parameter = next(dense.parameters(), torch.zeros(()))
     return Report(*total, layers, _device_name(parameter.device), torch.get_num_threads())
 
@@ -168,7 +183,7 @@ def _layer_sizes(
 ) -> tuple[Size, Size]:
     """A layer and what replaces it, for one input of the network: all its calls, tokens and windows count."""
     inputs = trace.inputs(name)
-    if not inputs:
+    if not inputs or name not in trace.samples:
         return Size(num_parameters(pair[0])), Size(num_parameters(pair[1]))
     spec = spec_of(pair[0]).with_(inputs=inputs)
     times: dict[str, list[float]] = {}

@@ -64,6 +64,15 @@ class Trace:
         batch = self.batch if all(n.denominator == 1 for n in counts) else 1
         return tuple((n // batch, *size) for size, n in self.calls.get(name, {}).items())
 
+    def under(self, name: str) -> Trace:
+        """What was heard of one submodule, under its own names."""
+        if not name:
+            return self
+        start = f"{name}."
+        calls = {key.removeprefix(start): value for key, value in self.calls.items() if key.startswith(start)}
+        samples = {key.removeprefix(start): value for key, value in self.samples.items() if key.startswith(start)}
+        return Trace(calls=calls, samples=samples, batch=self.batch)
+
     def state_dict(self) -> dict[str, Any]:
         """Plain containers, without the samples."""
         calls = [[name, [[*size, n] for size, n in sizes.items()]] for name, sizes in self.calls.items()]

@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lowrank_pl.callbacks.quiet import batch_norms, recalibrate_batch_norms_
-from lowrank_pl.callbacks.stash import Stash, versions
+from lowrank_pl.callbacks.stash import Stash, fingerprints
 from lowrank_pl.choices import resolve
 from lowrank_pl.compression import DEFAULT_RANK, Plan, make_plan
 from lowrank_pl.decompositions import Decomposition, Rank
@@ -45,8 +45,9 @@ class CompressionCallback(pl.Callback, ABC):
         self.distortion: Distortion | None = None  # the last one
         self.last_step = 0  # the optimizer step after which training was last acted on
         self._restored = False
+        self._module: pl.LightningModule | None = None
         self._recorder: Recorder | None = None
-        self._projected: list[int] | None = None  # the weights' versions right after a projection
+        self._projected: list[tuple[int, int]] | None = None  # the weights' fingerprints right after a projection
         self._evaluating: Stash | None = None
         self._closed: Stash | None = None
 
@@ -58,11 +59,21 @@ class CompressionCallback(pl.Callback, ABC):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         _check_supported(trainer, type(self).__name__)
+        if pl_module is not self._module:  # a plan holds the layers of one module
+            self.plan, self._projected, self._module = None, None, pl_module
         if stage == "fit":
             if self._closed is not None and self._closed.is_intact():
                 self._closed.restore_()  # another fit goes on from the training weights
             self.plan = self.trace = self.distortion = self._projected = self._closed = None
             self._restored = False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for name in ("monitor_loss", "recalibrate_bn"):
+            if getattr(self, name, False) and not pl_module.automatic_optimization:
+                raise ValueError(
+                    f"`{name}` calls training_step without training, which manual optimization does not allow: leave "
+                    f"`{name}` out"
+                )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._restored:
@@ -105,13 +116,19 @@ class CompressionCallback(pl.Callback, ABC):
         ranks = self.distortion.ranks if self._closed is not None and self.distortion is not None else None
         plan = self._plan(trainer, pl_module)
         buffers = [b for norm in batch_norms(pl_module) for b in norm.buffers()] if self.recalibrate_bn else []
-        closed = Stash([*(c.weight for c in plan.compressions), *buffers])
+        closed = Stash([*(c.parameter for c in plan.compressions), *buffers])
         if not self.is_projected():
-            self.distort(trainer, pl_module, ranks)
+            self.log_metrics(trainer, {"lowrank/delta_w": self.distort(trainer, pl_module, ranks).delta_w})
         if self.recalibrate_bn:
             recalibrate_batch_norms_(trainer, pl_module, self.recalibrate_bn)
         closed.seal()
         self._closed = closed
+
+    def log_metrics(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+        """To the loggers directly: `pl_module.log` drops steps that `log_every_n_steps` does not divide, and raises
+        when training has ended."""
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
 
     @contextmanager
     def training_weights(self) -> Iterator[None]:
@@ -129,7 +146,7 @@ class CompressionCallback(pl.Callback, ABC):
 
     def is_projected(self) -> bool:
         """Whether the module holds the last projection, untouched."""
-        return self.plan is not None and self._projected == versions(c.weight for c in self.plan.compressions)
+        return self.plan is not None and self._projected == fingerprints(c.weight for c in self.plan.compressions)
 
     def distort(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, ranks: Mapping[str, Rank] | None = None
@@ -148,7 +165,7 @@ class CompressionCallback(pl.Callback, ABC):
                 for c in plan.compressions:
                     torch.distributed.broadcast(c.weight, src=0)
         self.distortion = distortion
-        self._projected = versions(c.weight for c in plan.compressions)
+        self._projected = fingerprints(c.weight for c in plan.compressions)
         return distortion
 
     def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Plan:
@@ -177,7 +194,7 @@ class CompressionCallback(pl.Callback, ABC):
         if not self.evaluate_distorted or trainer.sanity_checking or self.is_projected():
             return
         plan = self._plan(trainer, pl_module)
-        self._evaluating = Stash(c.weight for c in plan.compressions)
+        self._evaluating = Stash(c.parameter for c in plan.compressions)
         self.distort(trainer, pl_module)
         self._evaluating.seal()
 

@@ -47,13 +47,6 @@ class DeepTwist(CompressionCallback):
             raise ValueError(f"Expected argument `S_D` to be at least 1 optimizer step but got {S_D!r}")
         self.S_D, self.monitor_loss = S_D, monitor_loss
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.monitor_loss and not pl_module.automatic_optimization:
-            raise ValueError(
-                "monitor_loss=True calls training_step without training, which manual optimization does not allow: use "
-                "monitor_loss=False"
-            )
-
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if not is_due(trainer.global_step, self.last_step, self.S_D):
             return
@@ -64,8 +57,7 @@ class DeepTwist(CompressionCallback):
         if self.monitor_loss:
             metrics["lowrank/loss_after"] = self._loss(trainer, pl_module, batch, batch_idx)
         self.last_step = trainer.global_step
-        for logger in trainer.loggers:  # pl_module.log would drop steps that log_every_n_steps does not divide
-            logger.log_metrics(metrics, step=trainer.global_step)
+        self.log_metrics(trainer, metrics)
 
     def _loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> float:
         return training_loss(trainer, quiet_copy(trainer, pl_module), batch, batch_idx)

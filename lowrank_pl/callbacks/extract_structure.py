@@ -8,10 +8,11 @@ import pytorch_lightning as pl
 from torch import nn
 
 from lowrank_pl.callbacks.compression_callback import CompressionCallback
+from lowrank_pl.callbacks.quiet import copy_module
 from lowrank_pl.extraction import RECORD, extract
-from lowrank_pl.report import Report, summarize
+from lowrank_pl.report import Report, summarize, summarize_layers
 from lowrank_pl.storage import save_compressed
-from lowrank_pl.surgery import Trace, detached_copy, find_layers
+from lowrank_pl.surgery import Trace
 
 
 class ExtractStructure(pl.Callback):
@@ -47,12 +48,15 @@ class ExtractStructure(pl.Callback):
         method.close(trainer, pl_module)
         assert method.plan is not None
         assert method.distortion is not None
-        whole = extract(pl_module, method.plan, method.distortion.structures, method.trace, shared=(trainer,))
+        trainers = (trainer, pl_module._trainer)  # the module refers to it through a proxy
+        projected = method.distortion.structures
+        whole = extract(pl_module, method.plan, projected, method.trace, shared=trainers, in_memory=True)
         for module in whole.modules():
-            if isinstance(module, pl.LightningModule):
-                module._trainer = None
+            for attribute, value in list(vars(module).items()):
+                if any(value is one for one in trainers):
+                    setattr(module, attribute, None)
         self.extracted = _part(whole, self.submodule or "")
-        self.report = _report(pl_module, whole, self.submodule or "", method.trace)
+        self.report = _report(copy_module(trainer, pl_module), whole, self.submodule or "", method.trace)
         if self.dirpath is not None and trainer.is_global_zero:
             save_compressed(self.extracted, self.dirpath)
 
@@ -79,11 +83,9 @@ def _part(whole: nn.Module, name: str) -> nn.Module:
     return part
 
 
-def _report(pl_module: pl.LightningModule, whole: nn.Module, name: str, trace: Trace | None) -> Report:
-    """On the inputs that the module itself was seen to be called with, or else its largest child that was."""
-    dense = detached_copy(pl_module, shared=(pl_module.trainer,))
-    arguments = trace.arguments if trace else {}
-    called = [child for child in arguments if child.startswith(name) or not name]
-    if called and name not in arguments:
-        name = max(called, key=lambda child: len(find_layers(dense.get_submodule(child))))
-    return summarize(dense.get_submodule(name), _part(whole, name), arguments.get(name))
+def _report(dense: nn.Module, whole: nn.Module, name: str, trace: Trace | None) -> Report:
+    """Measured on the inputs that this part was called with, or, layer by layer, on those of its layers."""
+    dense, part = dense.get_submodule(name), _part(whole, name)
+    if trace is not None and name in trace.arguments:
+        return summarize(dense, part, trace.arguments[name])
+    return summarize_layers(dense, part, Trace() if trace is None else trace.under(name))

@@ -9,22 +9,30 @@ import torch
 from torch import Tensor, nn
 
 
-def versions(tensors: Iterable[Tensor]) -> list[int]:
-    """How often each tensor has been written to: two equal lists mean that nobody wrote in between."""
-    return [tensor._version for tensor in tensors]
+def fingerprints(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """A checksum of each tensor's bits: two equal lists mean that nobody wrote in between.
+
+    PyTorch's own count of writes does not see fused optimizers or writes through `.data`.
+    """
+    return [_fingerprint(tensor.detach().flatten()) for tensor in tensors]
+
+
+def _fingerprint(values: Tensor) -> tuple[int, int]:
+    bits = values.view(torch.int64 if values.element_size() == 8 else torch.int32).long()
+    return int(bits.sum()), int((bits * torch.arange(len(bits), device=bits.device)).sum())
 
 
 class Stash:
     """Copies of tensors that are about to be overwritten in place.
 
     Everything happens outside of inference mode, in which Lightning runs validation, so that no copy becomes an
-    inference tensor and every write is counted in the tensors' versions.
+    inference tensor.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         with torch.inference_mode(False), torch.no_grad():
             self._saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
-        self._versions: list[int] = []
+        self._sealed: list[tuple[int, int]] = []
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -32,11 +40,11 @@ class Stash:
 
     def seal(self) -> None:
         """Remember the tensors as they are now: after the last write that the stash is to undo."""
-        self._versions = versions(tensor for tensor, _ in self._saved)
+        self._sealed = fingerprints(tensor for tensor, _ in self._saved)
 
     def is_intact(self) -> bool:
         """Whether nobody has written to the tensors since `seal`."""
-        return versions(tensor for tensor, _ in self._saved) == self._versions
+        return fingerprints(tensor for tensor, _ in self._saved) == self._sealed
 
     def restore_(self) -> None:
         with torch.inference_mode(False), torch.no_grad():
@@ -45,7 +53,7 @@ class Stash:
 
     def substitute(self, module: nn.Module, state_dict: dict[str, Any]) -> None:
         """Put the saved values into a state dict of `module`."""
-        saved = {id(tensor): value for tensor, value in self._saved}
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if id(tensor) in saved and name in state_dict:
-                state_dict[name] = saved[id(tensor)]
+        saved = {(tensor.data_ptr(), tensor.shape): value for tensor, value in self._saved}
+        for name, tensor in module.state_dict().items():
+            if name in state_dict and isinstance(tensor, Tensor):
+                state_dict[name] = saved.get((tensor.data_ptr(), tensor.shape), state_dict[name])

@@ -217,25 +217,6 @@ def test_weight_averaging(tmp_path, order, S_D):
     assert agree(extract.extracted, expected)
 
 
-def test_weight_averaging_in_validation(tmp_path):
-    """Lightning swaps the average in for validation; what is validated is low rank."""
-    seen = []
-
-    class Watched(Module):
-        def validation_step(self, batch, batch_idx):
-            seen.append(max(ranks(self.net).values()))
-
-    for order in (1, -1):
-        loop = quiet_trainer(
-            tmp_path,
-            *[DeepTwist(4, "svd", RANK), WeightAveraging()][::order],
-            max_steps=6,
-            num_sanity_val_steps=0,
-        )
-        loop.fit(Watched(), loader(), loader(1))
-    assert seen == [2, 2]
-
-
 def test_a_fit_with_nothing_to_train(tmp_path):
     extract, module = ExtractStructure(), Module()
     quiet_trainer(tmp_path, DeepTwist(2, "svd", RANK), extract, max_epochs=0).fit(module, loader())
