@@ -8,11 +8,10 @@ import pytorch_lightning as pl
 from torch import nn
 
 from lowrank_pl.callbacks.compression_callback import CompressionCallback
-from lowrank_pl.callbacks.quiet import copy_module
 from lowrank_pl.extraction import RECORD, extract
 from lowrank_pl.report import Report, summarize, summarize_layers
 from lowrank_pl.storage import save_compressed
-from lowrank_pl.surgery import Trace
+from lowrank_pl.surgery import Trace, detached_copy
 
 
 class ExtractStructure(pl.Callback):
@@ -48,15 +47,13 @@ class ExtractStructure(pl.Callback):
         method.close(trainer, pl_module)
         assert method.plan is not None
         assert method.distortion is not None
-        trainers = (trainer, pl_module._trainer)  # the module refers to it through a proxy
         projected = method.distortion.structures
-        whole = extract(pl_module, method.plan, projected, method.trace, shared=trainers, in_memory=True)
-        for module in whole.modules():
-            for attribute, value in list(vars(module).items()):
-                if any(value is one for one in trainers):
-                    setattr(module, attribute, None)
+        whole = extract(pl_module, method.plan, projected, method.trace, shared=(trainer,), in_memory=True)
+        dense = detached_copy(pl_module, shared=(trainer,))
+        for copied in (whole, dense):
+            _forget(copied, trainer)
         self.extracted = _part(whole, self.submodule or "")
-        self.report = _report(copy_module(trainer, pl_module), whole, self.submodule or "", method.trace)
+        self.report = _report(dense, whole, self.submodule or "", method.trace)
         if self.dirpath is not None and trainer.is_global_zero:
             save_compressed(self.extracted, self.dirpath)
 
@@ -68,6 +65,14 @@ class ExtractStructure(pl.Callback):
                 f"DeepTwist(), but the Trainer has {len(methods)}"
             )
         return methods[0]
+
+
+def _forget(module: nn.Module, trainer: pl.Trainer) -> None:
+    """Drop a copy's references to the trainer, which keeps data and callbacks alive."""
+    for part in module.modules():
+        for attribute, value in list(vars(part).items()):
+            if value is trainer:
+                setattr(part, attribute, None)
 
 
 def _part(whole: nn.Module, name: str) -> nn.Module:

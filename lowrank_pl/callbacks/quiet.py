@@ -13,16 +13,12 @@ from torch import Tensor, nn
 from lowrank_pl.surgery import detached_copy
 
 
-def copy_module(trainer: pl.Trainer, pl_module: pl.LightningModule) -> nn.Module:
-    """A deep copy that shares the trainer; the module refers to it through a proxy, which is an object of its own."""
-    return detached_copy(pl_module, shared=(trainer, pl_module._trainer))
-
-
 def quiet_copy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
     """A copy that shares the trainer and logs nothing: what its `training_step` does to buffers, metrics and
     attributes is lost with it."""
-    clone = copy_module(trainer, pl_module)
+    clone = detached_copy(pl_module, shared=(trainer,))
     assert isinstance(clone, pl.LightningModule)
+    clone.trainer = trainer  # a copy of a LightningModule forgets it
     clone.log = clone.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
     return clone
 
