@@ -81,9 +81,8 @@ class Plan:
     def choose_ranks(self) -> dict[str, Rank]:
         """Every target's rank, from the weights as they are now; each rule is asked once.
 
-        Raises `ValueError` that names the layer for weights that are not finite.
+        Raises `ValueError` that names the layer where a rule looks at weights that are not finite.
         """
-        self.check_finite()
         ranks: dict[str, Rank] = {}
         for rule in dict.fromkeys(id(c.rule) for c in self.compressions):
             members = [c for c in self.compressions if id(c.rule) == rule]
@@ -92,8 +91,10 @@ class Plan:
         return ranks
 
     def factor(self, ranks: Mapping[str, Rank]) -> dict[str, Structure]:
-        """The projection of every target at these ranks; `Dense` where the factors would not be cheaper."""
-        self.check_finite()
+        """The projection of every target at these ranks; `Dense` where the factors would not be cheaper.
+
+        Raises `ValueError` that names the layer for weights that are not finite.
+        """
         structures: dict[str, Structure] = {}
         for c in self.compressions:
             try:
@@ -188,7 +189,7 @@ def write_weights_(plan: Plan, structures: Mapping[str, Structure]) -> float:
     squared, count = 0.0, 0
     for c in plan.compressions:
         projected = structures[c.name].reconstruct()
-        squared += float((c.weight.double() - projected.double()).square().sum())
+        squared += float(torch.linalg.vector_norm(c.weight - projected, dtype=torch.float64)) ** 2
         count += projected.numel()
         if not isinstance(structures[c.name], Dense):
             c.weight.copy_(projected)

@@ -79,8 +79,9 @@ class Classifier(LightningModule):
         optimizer = self.optimizer(self.net.parameters())
         if self.scheduler is None:
             return optimizer
-        # the estimate first: it loads the data, and the number of batches is unknown before
         total_steps = self.trainer.estimated_stepping_batches
+        if math.isinf(self.trainer.num_training_batches):
+            self.trainer.fit_loop.setup_data()  # which the estimate leaves out where `max_steps` is given
         batches = self.trainer.num_training_batches
         steps_per_epoch = math.ceil(batches / self.trainer.accumulate_grad_batches)
         scheduler = self.scheduler(optimizer, total_steps=total_steps, steps_per_epoch=steps_per_epoch)

@@ -22,7 +22,6 @@ def tail_energies(matrix: Tensor) -> Tensor:
 
 def singular_energies(matrix: Tensor) -> Tensor:
     """Squared singular values, largest first. Shapes: `[..., m, n]` to `[..., min(m, n)]`, float64."""
-    _check_finite(matrix)
     if matrix.dtype == torch.float64:
         return _svd(matrix)[1].square()
     return _gram_eigh(_short_side_first(matrix.double()))[0]
@@ -36,23 +35,26 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     if not 1 <= rank <= min(matrix.shape[-2:]):
         raise ValueError(f"Expected a rank in [1, {min(matrix.shape[-2:])}] but got {rank}")
-    _check_finite(matrix)
     wide = _short_side_first(matrix.double())
-    basis = leading_vectors(_short_side_first(matrix), rank)
+    basis = _leading(wide, rank, exact=matrix.dtype == torch.float64)
     coordinates = basis.mT @ wide
     # The length of each row is its singular value, more exactly than the eigenvalue is; a row of length 0 stays 0.
     scale = torch.linalg.vector_norm(coordinates, dim=-1, keepdim=True).sqrt()
     left = basis * scale.mT
-    right = torch.where(scale > 0, coordinates / scale, 0.0)
+    right = coordinates / scale.where(scale > 0, 1.0)
     return (left, right) if wide.shape == matrix.shape else (right.mT, left.mT)
 
 
 def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
     """The leading left singular vectors of `[..., m, n]`: `[..., m, rank]`, float64, orthonormal; rank at most m."""
-    _check_finite(matrix)
-    if matrix.dtype == torch.float64:
-        return _svd(matrix, full=rank > matrix.shape[-1])[0][..., :rank]
-    return _gram_eigh(matrix.double())[1][..., :rank]
+    return _leading(matrix.double(), rank, exact=matrix.dtype == torch.float64)
+
+
+def _leading(matrix: Tensor, rank: int, exact: bool) -> Tensor:
+    """`leading_vectors` of a float64 matrix; with `exact` by SVD, since its entries have more digits than a Gram
+    matrix keeps."""
+    vectors = _svd(matrix, full=rank > matrix.shape[-1])[0] if exact else _gram_eigh(matrix)[1]
+    return vectors[..., :rank]
 
 
 def _short_side_first(matrix: Tensor) -> Tensor:
@@ -61,37 +63,39 @@ def _short_side_first(matrix: Tensor) -> Tensor:
 
 def _gram_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Squared singular values `[..., m]` and left singular vectors `[..., m, m]`, largest first."""
+    gram = matrix @ matrix.mT
+    _check_finite(gram.diagonal(dim1=-2, dim2=-1))  # where every entry's square is summed up
     try:
-        values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
+        values, vectors = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError:
         left, singular, _ = _svd(matrix, full=True)
         missing = matrix.shape[-2] - singular.shape[-1]
         return torch.nn.functional.pad(singular.square(), (0, max(missing, 0))), left
-    _check_result(vectors)
+    _check_result(values)
     return values.flip(-1).clamp(min=0.0), vectors.flip(-1)
 
 
 def _svd(matrix: Tensor, full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """`torch.linalg.svd`, and where that does not converge the other algorithm that the device has."""
+    _check_finite(matrix)
     try:
         left, singular, right = torch.linalg.svd(matrix, full_matrices=full)
     except torch.linalg.LinAlgError:
         if matrix.is_cuda:
             left, singular, right = torch.linalg.svd(matrix, full_matrices=full, driver="gesvd")
         else:  # the CPU has one driver; on the transpose it takes another path
-            right, singular, left = (
-                x.mT if x.dim() == matrix.dim() else x for x in torch.linalg.svd(matrix.mT, full_matrices=full)
-            )
-    _check_result(left)
+            right_t, singular, left_t = torch.linalg.svd(matrix.mT, full_matrices=full)
+            left, right = left_t.mT, right_t.mT
+    _check_result(singular)
     return left, singular, right
 
 
-def _check_finite(matrix: Tensor) -> None:
-    if not torch.isfinite(matrix).all():
+def _check_finite(entries: Tensor) -> None:
+    if not torch.isfinite(entries.sum()):
         raise ValueError("Expected finite weights but found NaN or Inf; lower the learning rate or clip gradients")
 
 
-def _check_result(vectors: Tensor) -> None:
+def _check_result(values: Tensor) -> None:
     """An overflow inside LAPACK comes back as NaN, not as an error."""
-    if not torch.isfinite(vectors).all():
+    if not torch.isfinite(values.sum()):
         raise ValueError("The decomposition of finite weights overflowed; expected entries below 1e150")

@@ -30,7 +30,10 @@ class RankProblem:
     @cached_property
     def spectra(self) -> tuple[Tensor, ...]:
         """Per entry of the rank, the squared error of truncation to 0, 1, ..., full."""
-        return self.decomposition.spectra(self.weight, self.layer)
+        try:
+            return self.decomposition.spectra(self.weight, self.layer)
+        except ValueError as error:
+            raise ValueError(f"Layer {self.name!r}: {error}") from error
 
     def num_weights(self, rank: Rank) -> int:
         """Weights of the factors."""
