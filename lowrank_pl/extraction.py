@@ -93,6 +93,19 @@ def extract(
     return extracted
 
 
+def extracted_part(whole: nn.Module, name: str) -> nn.Module:
+    """A submodule with its share of the record, under its own names."""
+    if not name:
+        return whole
+    record, part = getattr(whole, RECORD, {"layers": {}, "notes": {}}), whole.get_submodule(name)
+    shares = {
+        key: {n.removeprefix(f"{name}."): value for n, value in entries.items() if n.startswith(f"{name}.")}
+        for key, entries in record.items()
+    }
+    setattr(part, RECORD, shares)
+    return part
+
+
 def _sample(layer: nn.Module, kernel: tuple[int, ...], recorded: Tensor | None) -> Tensor:
     """Recorded inputs, or random ones just large enough for the kernel."""
     weight = layer.weight

@@ -18,6 +18,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
 from lowrank_pl.callbacks import CompressionCallback, ExtractStructure
+from lowrank_pl.extraction import extracted_part
 from lowrank_pl.figures import draw_run
 from lowrank_pl.module import Classifier
 from lowrank_pl.report import Report, summarize, terminal
@@ -96,7 +97,7 @@ def execute(
         compressed = extraction.extracted
         assert compressed is not None
     else:
-        compressed = module.net
+        compressed = extracted_part(module, "net")
         dense = dense if compression is not None else module.net
     accuracies = [_test(tester, module, net, data) for net in (dense, compressed)]
     memory = {"memory_format": module.memory_format}  # as they were trained and will be deployed

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 from torch import nn
 
 from lowrank_pl.callbacks.compression_callback import CompressionCallback
-from lowrank_pl.extraction import RECORD, extract
+from lowrank_pl.extraction import extract, extracted_part
 from lowrank_pl.report import Report, summarize, summarize_layers
 from lowrank_pl.storage import save_compressed
 from lowrank_pl.surgery import Trace, detached_copy
@@ -52,7 +52,7 @@ class ExtractStructure(pl.Callback):
         dense = detached_copy(pl_module, shared=(trainer,))
         for copied in (whole, dense):
             _forget(copied, trainer)
-        self.extracted = _part(whole, self.submodule or "")
+        self.extracted = extracted_part(whole, self.submodule or "")
         self.report = _report(dense, whole, self.submodule or "", method.trace)
         if self.dirpath is not None and trainer.is_global_zero:
             save_compressed(self.extracted, self.dirpath)
@@ -75,22 +75,9 @@ def _forget(module: nn.Module, trainer: pl.Trainer) -> None:
                 setattr(part, attribute, None)
 
 
-def _part(whole: nn.Module, name: str) -> nn.Module:
-    """A submodule with its share of the record, under its own names."""
-    if not name:
-        return whole
-    record, part = getattr(whole, RECORD), whole.get_submodule(name)
-    shares = {
-        key: {n.removeprefix(f"{name}."): value for n, value in entries.items() if n.startswith(f"{name}.")}
-        for key, entries in record.items()
-    }
-    setattr(part, RECORD, shares)
-    return part
-
-
 def _report(dense: nn.Module, whole: nn.Module, name: str, trace: Trace | None) -> Report:
     """Measured on the inputs that this part was called with, or, layer by layer, on those of its layers."""
-    dense, part = dense.get_submodule(name), _part(whole, name)
+    dense, part = dense.get_submodule(name), extracted_part(whole, name)
     if trace is not None and name in trace.arguments:
         return summarize(dense, part, trace.arguments[name])
     return summarize_layers(dense, part, Trace() if trace is None else trace.under(name))

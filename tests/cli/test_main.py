@@ -61,6 +61,17 @@ def test_the_distortions_are_logged_and_the_config_is_resolved(run: tuple[Path, 
     assert "${" not in (directory / "config.yaml").read_text()
 
 
+@pytest.mark.parametrize("compression", ["none", "direct"])
+def test_baselines(compression: str, tmp_path: Path) -> None:
+    arguments = [*SMALL[:3], "trainer.max_epochs=1", f"compression={compression}", "trainer.max_steps=3"]
+    done = lowrank_pl("train", *arguments, "hydra.run.dir=run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    net = load_compressed(LeNet300(input_shape=(1, 8, 8)), tmp_path / "run" / "compressed")
+    assert report["compressed"]["params"] == sum(p.numel() for p in net.parameters())
+    assert (report["compressed"]["params"] < report["dense"]["params"]) == (compression == "direct")
+
+
 def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
     code = "import sys; sys.argv = ['lowrank-pl', '--help']; from lowrank_pl.cli import main; main(); "
     code += "assert not {'torch', 'hydra', 'pytorch_lightning'} & set(sys.modules)"
