@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from inspect import isabstract
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -41,7 +42,7 @@ def _one(choice: Any, base: type[T], argument: str) -> T:
 
 def _finals(base: type[T]) -> Iterator[type[T]]:
     for kind in base.__subclasses__():
-        if getattr(kind, "__final__", False):
+        if not isabstract(kind):
             yield kind
         yield from _finals(kind)
 

@@ -10,7 +10,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 
 
 class Classifier(LightningModule):
@@ -41,8 +41,9 @@ class Classifier(LightningModule):
         self.net = net.to(memory_format=self.memory_format)
         self.optimizer, self.scheduler = optimizer, scheduler
         self.label_smoothing = label_smoothing
-        # our own mean, because `self.log` in every step takes longer than the step of a small network
-        self.train_loss = MeanMetric(nan_strategy="disable")
+        # Two sums, because `self.log` in every step takes longer than the step of a small network, and MeanMetric
+        # forgets the weights where it need not look for NaN.
+        self.train_loss, self.train_images = (SumMetric(nan_strategy="disable") for _ in range(2))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images.contiguous(memory_format=self.memory_format))
@@ -50,16 +51,18 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
-        self.train_loss.update(loss.detach(), len(labels))
+        self.train_loss.update(loss.detach() * len(labels))
+        self.train_images.update(len(labels))
         return loss
 
     def on_train_start(self) -> None:
         self.train_loss.reset()
+        self.train_images.reset()
 
     def on_train_epoch_end(self) -> None:
         if self.train_loss.update_called:
-            self.log("train/loss", self.train_loss.compute())
-        self.train_loss.reset()
+            self.log("train/loss", self.train_loss.compute() / self.train_images.compute())
+        self.on_train_start()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate("val", batch)

@@ -89,8 +89,8 @@ def test_latency(monkeypatch):
     assert "latency, batch 32" in report.to_markdown()
 
 
-def quick(functions, seconds=0.1, rounds=5):
-    return median_ms(functions, 0.001, 1)
+def quick(functions, device="cpu"):
+    return median_ms(functions, device, 0.001, 1)
 
 
 def test_latency_tells_slow_from_fast(monkeypatch):
