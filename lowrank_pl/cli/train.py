@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import hydra
 import pytorch_lightning as pl
@@ -19,6 +20,8 @@ from lowrank_pl.runs import Run, execute
 def main(config: DictConfig) -> None:
     """Build what the configuration names and run it."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="Experiment logs directory")  # the run's own directory
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning with a newer PyTorch
     overrides = list(HydraConfig.get().overrides.task)
     run = Run.start(config.paths.run, OmegaConf.to_yaml(config, resolve=True), overrides, config.seed)
     with run.recorded():
