@@ -70,4 +70,5 @@ def test_an_unknown_key_is_refused() -> None:
 def test_every_cell_of_an_experiment_composes(cells: Path) -> None:
     spec = OmegaConf.to_container(OmegaConf.load(cells))
     for overrides in spec["cells"].values():
-        composed(*f"{spec['command']} {overrides}".format(data="/data", weights="/weights").split())
+        config = composed(*f"{spec['command']} {overrides}".format(data="/data", weights="/weights").split())
+        assert config.seed == 0
