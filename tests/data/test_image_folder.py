@@ -16,9 +16,7 @@ def root(tmp_path):
             folder = tmp_path / part / name
             folder.mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(
-                    folder / f"{i}.png"
-                )
+                Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     return tmp_path
 
 
