@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader
 from lowrank_pl.callbacks import DeepTwist
 from lowrank_pl.compression import Plan, make_plan
 from lowrank_pl.data import EpochSampler, ImageSet
+from lowrank_pl.files import write_files
 from lowrank_pl.methods import distort_
 from lowrank_pl.models import VGG, CifarResNet, LeNet5
 from lowrank_pl.module import Classifier
 from lowrank_pl.schedules import constant
-from lowrank_pl.storage import write_files
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.choices import resolve, snake_case
-from lowrank_pl.decompositions import Decomposition, Dense, Rank, Structure, count_weights
+from lowrank_pl.decompositions import Cheapest, Constant, Decomposition, Dense, Rank, Structure, chosen, count_weights
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
 from lowrank_pl.ranks import CompressionRatio, RankProblem, RankRule
@@ -42,20 +42,45 @@ class Compression:
         """The same memory, for computing without a graph."""
         return self.parameter.detach()
 
-    @property
-    def problem(self) -> RankProblem:
-        return RankProblem(self.name, self.layer, self.decomposition, self.weight)
+    def num_weights(self, rank: Rank) -> int:
+        """Weights of the factors; of none at rank 0."""
+        return count_weights(self.decomposition.stages(self.layer, rank)) if any(rank) else 0
 
     def is_cheaper(self, rank: Rank) -> bool:
         """Whether the factors have fewer weights than the layer."""
-        return count_weights(self.decomposition.stages(self.layer, rank)) < self.layer.num_weights
+        return self.num_weights(rank) < self.layer.num_weights
+
+    def factor(self, weight: Tensor, rank: Rank) -> Structure:
+        """The projection of a weight of this layer; `Dense` where the factors would not be cheaper.
+
+        Raises `ValueError` that names the layer for a weight that is not finite.
+        """
+        if not any(rank):
+            return Constant(self.layer, rank, self.weight)
+        if not self.is_cheaper(rank):
+            return Dense(self.layer, rank, weight)
+        try:
+            return self.decomposition.factor(weight, self.layer, rank)
+        except ValueError as error:
+            raise ValueError(f"Layer {self.name!r}: {error}") from error
+
+    def describe(self, rank: Rank) -> tuple[str, Rank | None]:
+        """What becomes of the layer at this rank, in words, and the rank in that structure's own terms."""
+        if not any(rank):
+            return "constant", (0,)
+        if not self.is_cheaper(rank):
+            return "dense", None
+        decomposition, own = chosen(self.decomposition, rank)
+        return describe(decomposition), own
 
     def note(self, rank: Rank) -> str:
         """What a user should know about this rank: why it is not the one asked for, or why the layer stays dense."""
         if not self.is_cheaper(rank):
-            weights = count_weights(self.decomposition.stages(self.layer, rank))
-            return f"{describe(self.decomposition)} of rank {', '.join(map(str, rank))} has {weights:,} weights"
-        return self.rule.note(self.problem, rank) or ""
+            decomposition, own = chosen(self.decomposition, rank)
+            named = f"{describe(decomposition)} of rank {', '.join(map(str, own))}"
+            return f"{named} has {self.num_weights(rank):,} weights"
+        problem = RankProblem(self.name, self.layer, self.decomposition, self.weight)
+        return self.rule.note(problem, rank) or ""
 
 
 @dataclass(frozen=True)
@@ -86,26 +111,23 @@ class Plan:
         ranks: dict[str, Rank] = {}
         for rule in dict.fromkeys(id(c.rule) for c in self.compressions):
             members = [c for c in self.compressions if id(c.rule) == rule]
-            chosen = members[0].rule([c.problem for c in members])
-            ranks |= {c.name: tuple(rank) for c, rank in zip(members, chosen, strict=True)}
+            problems = [RankProblem(c.name, c.layer, c.decomposition, c.weight) for c in members]
+            found = members[0].rule(problems, others=self.others(members))
+            ranks |= {c.name: tuple(rank) for c, rank in zip(members, found, strict=True)}
         return ranks
+
+    def others(self, members: Sequence[Compression]) -> list[LayerSpec]:
+        """All other layers of the network that run (or all, while none has been seen to)."""
+        names = {c.name for c in members}
+        seen = any(spec.inputs for spec in self.specs.values())
+        return [spec for name, spec in self.specs.items() if name not in names and (spec.inputs or not seen)]
 
     def factor(self, ranks: Mapping[str, Rank]) -> dict[str, Structure]:
         """The projection of every target at these ranks; `Dense` where the factors would not be cheaper.
 
         Raises `ValueError` that names the layer for weights that are not finite.
         """
-        structures: dict[str, Structure] = {}
-        for c in self.compressions:
-            try:
-                structures[c.name] = (
-                    c.decomposition.factor(c.weight, c.layer, ranks[c.name])
-                    if c.is_cheaper(ranks[c.name])
-                    else Dense(c.layer, ranks[c.name], c.weight)
-                )
-            except ValueError as error:
-                raise ValueError(f"Layer {c.name!r}: {error}") from error
-        return structures
+        return {c.name: c.factor(c.weight, ranks[c.name]) for c in self.compressions}
 
     def rows(self, ranks: Mapping[str, Rank]) -> list[Row]:
         """The plan as a table, in the network's order."""
@@ -116,11 +138,8 @@ class Plan:
                 rows.append(Row(name, "dense", None, spec.num_weights, spec.num_weights, self.dense[name]))
                 continue
             c, rank = by_name[name], ranks[name]
-            weights = count_weights(c.decomposition.stages(c.layer, rank))
-            if not c.is_cheaper(rank):
-                rows.append(Row(name, "dense", None, spec.num_weights, spec.num_weights, c.note(rank)))
-                continue
-            rows.append(Row(name, describe(c.decomposition), rank, spec.num_weights, weights, c.note(rank)))
+            weights = min(c.num_weights(rank), spec.num_weights)
+            rows.append(Row(name, *c.describe(rank), spec.num_weights, weights, c.note(rank)))
         return rows
 
     def check_finite(self) -> None:
@@ -170,6 +189,11 @@ def make_plan(
             reason = "no pattern in `rank` matches it"
         elif reason is None and decomposition is not None and decomposition.unsupported(specs[name]):
             reason = f"{type(decomposition).__name__} {decomposition.unsupported(specs[name])}"
+        if reason is None and isinstance(decomposition, Cheapest) and rule is not None and not rule.compares:
+            raise ValueError(
+                f"Layer {name!r}: Cheapest chooses among structures by their cost, which {type(rule).__name__} does "
+                "not weigh: expected a `rank` such as CostPenalty or CostBudget"
+            )
         if reason is None and decomposition is not None and rule is not None:
             compressions.append(Compression(name, module, specs[name], decomposition, rule))
         else:
@@ -179,6 +203,8 @@ def make_plan(
 
 def describe(decomposition: Decomposition) -> str:
     """The decomposition's name with the values of its fields: `tiled_svd(64)`."""
+    if isinstance(decomposition, Cheapest):
+        return f"cheapest({', '.join(describe(member) for member in decomposition.members)})"
     fields = ", ".join(str(value) for value in vars(decomposition).values() if value is not None)
     return snake_case(type(decomposition).__name__) + (f"({fields})" if fields else "")
 

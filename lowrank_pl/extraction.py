@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.compression import Plan, make_plan
-from lowrank_pl.decompositions import Dense, Structure
+from lowrank_pl.decompositions import Dense, Structure, chosen
 from lowrank_pl.layers import Run, TiledLayer
 from lowrank_pl.surgery import Trace, detached_copy, find_layers, record, replace_layers
 from lowrank_pl.targets import Targets
@@ -74,7 +74,7 @@ def extract(
         module = structure.to_module(layer.bias).train(layer.training)  # type: ignore[arg-type]
         module.requires_grad_(any(p.requires_grad for p in layer.parameters()))
         _verify(c.name, layer, None if in_memory else structure.reconstruct(torch.float64), module, x)
-        if isinstance(module, TiledLayer) and c.decomposition.run is None:  # type: ignore[attr-defined]
+        if isinstance(module, TiledLayer) and getattr(chosen(c.decomposition, structure.rank)[0], "run", None) is None:
             module.run = _faster_run(module, x) if trace and c.name in trace.samples else "dense"
         if isinstance(module, TiledLayer):
             notes[c.name] = "; ".join(filter(None, [notes[c.name], _RUNS[module.run]]))

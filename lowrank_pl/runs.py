@@ -20,9 +20,10 @@ from torch import nn
 from lowrank_pl.callbacks import CompressionCallback, ExtractStructure
 from lowrank_pl.extraction import extracted_part
 from lowrank_pl.figures import draw_run
+from lowrank_pl.files import write_files
 from lowrank_pl.module import Classifier
 from lowrank_pl.report import Report, summarize, terminal
-from lowrank_pl.storage import save_compressed, write_files
+from lowrank_pl.storage import save_compressed
 
 _PACKAGES = ("lowrank_pl", "torch", "torchvision", "pytorch-lightning", "hydra-core", "numpy")
 

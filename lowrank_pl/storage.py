@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from lowrank_pl.decompositions import module_from_dict
 from lowrank_pl.extraction import RECORD
+from lowrank_pl.files import write_files
 from lowrank_pl.layers import spec_of
 from lowrank_pl.surgery import detached_copy, find_layers, replace_layers
 
@@ -82,32 +81,6 @@ def checksum(weights: bytes, structure: dict[str, Any]) -> str:
     """SHA-256 of both files' contents, the checksum itself apart. It tells damage, not malice."""
     described = json.dumps({key: value for key, value in structure.items() if key != "sha256"}, sort_keys=True)
     return hashlib.sha256(weights + described.encode()).hexdigest()
-
-
-def write_files(contents: dict[Path, bytes]) -> None:
-    """Write all files beside their places, then move them there: whatever fails on the way, the old ones are back."""
-    beside = {path: path.with_name(f".{path.name}.{os.getpid()}.new") for path in contents}
-    kept = {path: path.with_name(f".{path.name}.{os.getpid()}.old") for path in contents if path.exists()}
-    moved: list[Path] = []
-    try:
-        for path, data in contents.items():
-            with open(beside[path], "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        if len(contents) > 1:  # the move of a single file cannot be half done
-            for path, old in kept.items():
-                shutil.copy2(path, old)
-        for path, new in beside.items():
-            os.replace(new, path)
-            moved.append(path)
-    except BaseException:
-        for path in moved:
-            os.replace(kept[path], path) if path in kept else path.unlink()
-        raise
-    finally:
-        for leftover in (*beside.values(), *kept.values()):
-            leftover.unlink(missing_ok=True)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

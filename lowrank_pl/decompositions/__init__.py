@@ -2,9 +2,11 @@
 
 from lowrank_pl.decompositions.base import Decomposition
 from lowrank_pl.decompositions.block_svd import BlockSVD
+from lowrank_pl.decompositions.cheapest import Cheapest, alternatives, chosen
 from lowrank_pl.decompositions.spatial_svd import SpatialSVD
 from lowrank_pl.decompositions.structure import (
     Chain,
+    Constant,
     Dense,
     Rank,
     Structure,
@@ -21,6 +23,8 @@ __all__ = [
     "SVD",
     "BlockSVD",
     "Chain",
+    "Cheapest",
+    "Constant",
     "Decomposition",
     "Dense",
     "Rank",
@@ -29,6 +33,8 @@ __all__ = [
     "TiledSVD",
     "Tiles",
     "Tucker2",
+    "alternatives",
+    "chosen",
     "count_macs",
     "count_weights",
     "module_from_dict",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import Run, TiledLayer, as_stored, build, build_with
+from lowrank_pl.layers import ConstantLayer, Run, TiledLayer, as_stored, build, build_with
 
 Rank = tuple[int, ...]
 
@@ -44,6 +44,14 @@ class Structure(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Sizes without numbers, in plain types: what `module_from_dict` needs to build an empty module."""
 
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """The numbers: all factors."""
+
+    @abstractmethod
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Structure:
+        """The same structure with other numbers."""
+
 
 @final
 @dataclass(frozen=True)
@@ -70,6 +78,47 @@ class Dense(Structure):
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "dense"}
+
+    def tensors(self) -> list[Tensor]:
+        return [self.weight]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Dense:
+        return replace(self, weight=tensors[0])
+
+
+@final
+@dataclass(frozen=True)
+class Constant(Structure):
+    """A weight of rank 0; `like` tells its shape, type and device."""
+
+    layer: LayerSpec
+    rank: Rank
+    like: Tensor
+
+    @property
+    def num_weights(self) -> int:
+        return 0
+
+    @property
+    def macs(self) -> int | None:
+        return 0
+
+    def reconstruct(self, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros_like(self.like, dtype=dtype or self.like.dtype, requires_grad=False)
+
+    def to_module(self, bias: Tensor | None) -> ConstantLayer:
+        module = ConstantLayer(self.layer.with_(inputs=()), bias=False)
+        module.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        return module
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "constant"}
+
+    def tensors(self) -> list[Tensor]:
+        return []
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Constant:
+        return self
 
 
 @final
@@ -103,6 +152,12 @@ class Chain(Structure):
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "chain", "stages": [stage.to_dict() for stage in self.stages]}
+
+    def tensors(self) -> list[Tensor]:
+        return list(self.operators)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Chain:
+        return replace(self, operators=tuple(tensors))
 
 
 @final
@@ -145,6 +200,13 @@ class Tiles(Structure):
             "run": self.run,
         }
 
+    def tensors(self) -> list[Tensor]:
+        return [*self.left, *self.right]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Tiles:
+        regions = len(self.left)
+        return replace(self, left=tuple(tensors[:regions]), right=tuple(tensors[regions:]))
+
     def _fill(self, bias: Tensor | None) -> TiledLayer:
         with torch.device("meta"):
             module = TiledLayer(self.layer, self.tile, self.rank[0], bias is not None, self.run)
@@ -162,6 +224,8 @@ def module_from_dict(values: Any, layer: LayerSpec, bias: bool) -> nn.Module:
     Raises `ValueError` for anything else, and for a structure that does not fit the layer.
     """
     values = values if isinstance(values, dict) else {"kind": None}
+    if values == {"kind": "constant"}:
+        return ConstantLayer(layer.with_(inputs=()), bias)
     if values.get("kind") == "chain" and isinstance(values.get("stages"), list) and values["stages"]:
         stages = [LayerSpec.from_dict(stage) for stage in values["stages"]]
         channels = [layer.in_channels, *(stage.out_channels for stage in stages)]
@@ -173,7 +237,9 @@ def module_from_dict(values: Any, layer: LayerSpec, bias: bool) -> nn.Module:
         fits = spec == layer.with_(inputs=()) and spec.kind != "conv_transpose" and spec.groups == 1
         if fits and type(tile) is int and type(rank) is int and 1 <= rank <= tile <= min(spec.operator_shape[:2]):
             return TiledLayer(spec, tile, rank, bias, values["run"])
-    raise ValueError(f"Expected the structure of a chain or of tiles for {layer} but got {values!r:.200}")
+    raise ValueError(
+        f"Expected the structure of a chain, of tiles or of a constant for {layer} but got {values!r:.200}"
+    )
 
 
 def count_weights(stages: Sequence[LayerSpec]) -> int:

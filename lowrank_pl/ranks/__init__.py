@@ -2,8 +2,22 @@
 
 from lowrank_pl.ranks.base import RankProblem, RankRule
 from lowrank_pl.ranks.compression_ratio import CompressionRatio
+from lowrank_pl.ranks.cost_budget import CostBudget
+from lowrank_pl.ranks.cost_penalty import CostPenalty
 from lowrank_pl.ranks.energy_threshold import EnergyThreshold
+from lowrank_pl.ranks.enumeration import Enumeration, enumerate_ranks
 from lowrank_pl.ranks.fixed_rank import FixedRank
 from lowrank_pl.ranks.rank_fraction import RankFraction
 
-__all__ = ["CompressionRatio", "EnergyThreshold", "FixedRank", "RankFraction", "RankProblem", "RankRule"]
+__all__ = [
+    "CompressionRatio",
+    "CostBudget",
+    "CostPenalty",
+    "EnergyThreshold",
+    "Enumeration",
+    "FixedRank",
+    "RankFraction",
+    "RankProblem",
+    "RankRule",
+    "enumerate_ranks",
+]

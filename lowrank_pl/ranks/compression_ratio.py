@@ -27,7 +27,9 @@ class CompressionRatio(RankRule):
         if isinstance(self.x, bool) or not isinstance(self.x, (int, float)) or not self.x >= 1:
             raise ValueError(f"Expected argument `x` to be a ratio of at least 1, such as 2.0, but got {self.x!r}")
 
-    def __call__(self, problems: Sequence[RankProblem], error_weight: float = 1.0) -> list[Rank]:
+    def __call__(
+        self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
+    ) -> list[Rank]:
         return [_largest(problem.decomposition, problem.layer, self.x) for problem in problems]
 
     def note(self, problem: RankProblem, rank: Rank) -> str | None:

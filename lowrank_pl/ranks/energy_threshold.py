@@ -9,6 +9,7 @@ from typing import final
 import torch
 
 from lowrank_pl.decompositions import Rank
+from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem, RankRule
 
 
@@ -26,7 +27,9 @@ class EnergyThreshold(RankRule):
         if isinstance(self.p, bool) or not isinstance(self.p, (int, float)) or not 0 < self.p < 1:
             raise ValueError(f"Expected argument `p` to be a share in (0, 1) but got {self.p!r}")
 
-    def __call__(self, problems: Sequence[RankProblem], error_weight: float = 1.0) -> list[Rank]:
+    def __call__(
+        self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
+    ) -> list[Rank]:
         return [self._smallest(problem) for problem in problems]
 
     def _smallest(self, problem: RankProblem) -> Rank:

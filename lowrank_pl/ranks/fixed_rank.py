@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import final
 
 from lowrank_pl.decompositions import Rank
+from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem, RankRule
 
 
@@ -21,7 +22,9 @@ class FixedRank(RankRule):
         if type(self.r) is not int or self.r < 1:
             raise ValueError(f"Expected argument `r` to be an int of at least 1 but got {self.r!r}")
 
-    def __call__(self, problems: Sequence[RankProblem], error_weight: float = 1.0) -> list[Rank]:
+    def __call__(
+        self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
+    ) -> list[Rank]:
         return [tuple(min(self.r, most) for most in problem.full) for problem in problems]
 
     def note(self, problem: RankProblem, rank: Rank) -> str | None:

@@ -170,7 +170,7 @@ class Counting(RankRule):
 
     asked: list
 
-    def __call__(self, problems, error_weight=1.0):
+    def __call__(self, problems, error_weight=1.0, others=()):
         self.asked.append(sorted(p.name.rpartition(".")[2] for p in problems))
         return [(2,) * len(p.full) for p in problems]
 

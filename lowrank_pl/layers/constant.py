@@ -1,0 +1,33 @@
+"""The layer at rank 0."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_pl.layer_spec import LayerSpec
+
+
+@final
+class ConstantLayer(nn.Module):
+    """A layer whose weight is zero: the bias (0 without one) at the shape of the output, without multiplying.
+
+    Takes and gives the shapes of the layer that it replaces.
+    """
+
+    def __init__(self, layer: LayerSpec, bias: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.bias = nn.Parameter(torch.zeros(layer.out_channels)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        axes = len(self.layer.kernel)
+        seen = self.layer.with_(inputs=((1, *x.shape[x.dim() - axes :]),))
+        sizes = seen.outputs[0][1:] if axes else ()
+        value = x.new_zeros(self.layer.out_channels) if self.bias is None else self.bias
+        return value.view(-1, *[1] * axes).expand(*x.shape[: x.dim() - axes - 1], self.layer.out_channels, *sizes)
+
+    def extra_repr(self) -> str:
+        return f"{self.layer.in_channels}, {self.layer.out_channels}, kernel={self.layer.kernel}"

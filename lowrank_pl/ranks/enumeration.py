@@ -1,0 +1,123 @@
+"""Every rank that a layer may take, with its cost and its squared error."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from lowrank_pl.costs import Cost, price
+from lowrank_pl.decompositions import Decomposition, Rank, alternatives, count_weights
+from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.ranks.base import RankProblem
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+# Where a rank has several entries (Tucker-2), at most so many values of each are tried, evenly spaced.
+VALUES_PER_ENTRY = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Enumeration:
+    """`ranks` by growing cost, the smaller of two ranks of the same cost first; `costs` and squared `errors` beside
+    them. The last is the full rank, which stands for the dense layer."""
+
+    ranks: list[Rank]
+    costs: Array
+    errors: Array
+
+    def best(self, lambda_: float, error_weight: float) -> int:
+        """The place of the rank that minimizes `lambda_ * cost + error_weight * error`, the cheapest of several."""
+        return int(np.argmin(lambda_ * self.costs + error_weight * self.errors))
+
+    def index(self, rank: Rank) -> int:
+        """The place of a rank."""
+        return self.ranks.index(rank)
+
+
+def enumerate_ranks(problem: RankProblem, cost: Cost) -> Enumeration:
+    """All ranks of a layer that are cheaper than the dense layer, in weights and in cost, and the dense layer itself;
+    with `least=0` rank 0 too.
+
+    Raises `ValueError` with the layer's name for a cost that falls while the rank grows.
+    """
+    try:
+        grids = _grids(problem.layer, problem.decomposition, cost)
+        dense = _dense_cost(problem.layer, cost)
+    except ValueError as error:
+        raise ValueError(f"Layer {problem.name!r}: {error}") from error
+    ranks, costs, errors = [], [], []
+    for start, decomposition, grid, prices in grids:
+        spectra = problem.spectra if not start else problem.spectra_of(decomposition)
+        ranks += [(*start, *rank) for rank in grid.tolist()]
+        costs.append(prices)
+        errors.append(np.sum([s.cpu().numpy()[grid[:, i]] for i, s in enumerate(spectra)], axis=0))
+    if problem.least == 0:
+        spectrum = problem.spectra if not grids[0][0] else problem.spectra_of(grids[0][1])
+        ranks.append((0,) * len(problem.full))
+        costs.append(np.zeros(1))
+        errors.append(spectrum[0][:1].cpu().numpy())
+    ranks.append(problem.full)
+    all_costs, all_errors = np.concatenate([*costs, [dense]]), np.concatenate([*errors, [0.0]])
+    order = np.argsort(all_costs, kind="stable")
+    return Enumeration([ranks[i] for i in order], all_costs[order], all_errors[order])
+
+
+def total_cost(layers: Sequence[LayerSpec], cost: Cost) -> float:
+    """What dense layers cost together."""
+    return sum(_dense_cost(layer, cost) for layer in layers)
+
+
+@cache
+def _dense_cost(layer: LayerSpec, cost: Cost) -> float:
+    return float(cost(layer))
+
+
+@cache
+def _grids(
+    layer: LayerSpec, decomposition: Decomposition, cost: Cost
+) -> list[tuple[Rank, Decomposition, Array, Array]]:
+    """Per structure: what its ranks begin with, itself, its ranks `[n, entries]` and their costs `[n]`.
+
+    Remembered, because it depends on shapes alone and takes longer than everything that depends on the weights.
+    """
+    dense = _dense_cost(layer, cost)
+    found = []
+    for start, each in alternatives(decomposition, layer):
+        grid = np.array(list(_cheaper(layer, each)), dtype=int).reshape(-1, len(each.full_rank(layer)))
+        prices = np.array([price(cost, layer, each, tuple(rank)) for rank in grid.tolist()])
+        _check_growing(grid, prices)
+        found.append((start, each, grid[prices < dense], prices[prices < dense]))
+    return found
+
+
+def _cheaper(layer: LayerSpec, decomposition: Decomposition) -> list[Rank]:
+    """The ranks whose factors have fewer weights than the layer."""
+    full = decomposition.full_rank(layer)
+    steps = [1 if len(full) == 1 else -(-most // VALUES_PER_ENTRY) for most in full]
+    axes = [sorted({1, *range(step, most + 1, step)}) for most, step in zip(full, steps, strict=True)]
+
+    def fits(rank: Rank) -> bool:
+        return count_weights(decomposition.stages(layer, rank)) < layer.num_weights
+
+    if len(axes) == 1:
+        return list(itertools.takewhile(fits, ((r,) for r in axes[0])))
+    return [rank for rank in itertools.product(*axes) if fits(rank)]
+
+
+def _check_growing(grid: Array, prices: Array) -> None:
+    costs = {tuple(rank): cost for rank, cost in zip(grid.tolist(), prices.tolist(), strict=True)}
+    values = [sorted(set(column)) for column in grid.T.tolist()]
+    for rank, cost in costs.items():
+        for i, axis in enumerate(values):
+            following = axis[axis.index(rank[i]) + 1 :][:1]
+            larger = (*rank[:i], *following, *rank[i + 1 :])
+            if following and costs.get(larger, cost) < cost:
+                raise ValueError(
+                    f"Expected a `cost` that does not fall with the rank, but rank {rank} costs {cost:g} and {larger} "
+                    f"costs {costs[larger]:g}"
+                )
