@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "lowrank_pl.callbacks": ("DeepTwist", "ExtractStructure"),
+    "lowrank_pl.callbacks": ("DeepTwist", "ExtractStructure", "LearningCompression"),
     "lowrank_pl.compression": ("make_plan",),
     "lowrank_pl.extraction": ("compress",),
     "lowrank_pl.storage": ("load_compressed", "save_compressed"),
@@ -39,6 +39,7 @@ __all__ = [
     "ExtractStructure",
     "FixedRank",
     "Latency",
+    "LearningCompression",
     "Macs",
     "Params",
     "RankFraction",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.choices import resolve, snake_case
+from lowrank_pl.costs import Cost, price
 from lowrank_pl.decompositions import Cheapest, Constant, Decomposition, Dense, Rank, Structure, chosen, count_weights
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
@@ -63,6 +64,12 @@ class Compression:
             return self.decomposition.factor(weight, self.layer, rank)
         except ValueError as error:
             raise ValueError(f"Layer {self.name!r}: {error}") from error
+
+    def cost(self, cost: Cost, rank: Rank) -> float:
+        """What the layer costs at this rank: the dense layer where the factors would not be cheaper."""
+        if any(rank) and not self.is_cheaper(rank):
+            return cost(self.layer)
+        return price(cost, self.layer, self.decomposition, rank)
 
     def describe(self, rank: Rank) -> tuple[str, Rank | None]:
         """What becomes of the layer at this rank, in words, and the rank in that structure's own terms."""
@@ -217,7 +224,7 @@ def write_weights_(plan: Plan, structures: Mapping[str, Structure]) -> float:
         projected = structures[c.name].reconstruct()
         squared += float(torch.linalg.vector_norm(c.weight - projected, dtype=torch.float64)) ** 2
         count += projected.numel()
-        if not isinstance(structures[c.name], Dense):
+        if projected.data_ptr() != c.weight.data_ptr():
             c.weight.copy_(projected)
     return squared / max(count, 1)
 

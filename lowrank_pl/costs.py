@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lowrank_pl.choices import snake_case
-from lowrank_pl.decompositions import Decomposition, Rank
+from lowrank_pl.decompositions import Decomposition, Rank, chosen
 from lowrank_pl.files import write_files
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import TiledLayer, build
@@ -174,7 +174,7 @@ def price(cost: Cost, layer: LayerSpec, decomposition: Decomposition, rank: Rank
     if not any(rank):
         return 0.0
     if isinstance(cost, Latency):  # the stages' times do not simply add up
-        return cost.of_structure(layer, decomposition, rank)
+        return cost.of_structure(layer, *chosen(decomposition, rank))
     return float(sum(cost(stage) for stage in decomposition.stages(layer, rank)))
 
 

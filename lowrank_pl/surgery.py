@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class Trace:
     calls: dict[str, dict[tuple[int, ...], int]] = field(default_factory=dict)
     samples: dict[str, Tensor] = field(default_factory=dict)
     odd: dict[str, str] = field(default_factory=dict)
+    normed: list[str] = field(default_factory=list)  # layers whose output goes straight into batch norm
     batch: int = 1
     # what the whole model, or one of its children, was called with: a few inputs of the batch
     arguments: dict[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -76,13 +78,13 @@ class Trace:
     def state_dict(self) -> dict[str, Any]:
         """Plain containers, without the samples."""
         calls = [[name, [[*size, n] for size, n in sizes.items()]] for name, sizes in self.calls.items()]
-        return {"calls": calls, "odd": dict(self.odd), "batch": self.batch}
+        return {"calls": calls, "odd": dict(self.odd), "normed": list(self.normed), "batch": self.batch}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Trace:
         """The inverse of `state_dict`."""
         calls = {name: {tuple(size): n for *size, n in sizes} for name, sizes in state["calls"]}
-        return cls(calls=calls, odd=dict(state["odd"]), batch=state["batch"])
+        return cls(calls=calls, odd=dict(state["odd"]), normed=list(state["normed"]), batch=state["batch"])
 
 
 class Recorder:
@@ -93,6 +95,7 @@ class Recorder:
 
     def __init__(self, model: nn.Module) -> None:
         self._trace, self._stack = Trace(), ExitStack()
+        self._outputs: dict[int, tuple[str, weakref.ref[Tensor]]] = {}
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, module in [("", model), *model.named_children()]:
@@ -101,6 +104,9 @@ class Recorder:
         for name, layer in find_layers(model).items():
             handle = layer.register_forward_hook(self._listener(name), with_kwargs=True)
             self._stack.callback(handle.remove)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                self._stack.callback(module.register_forward_pre_hook(self._hear_norm).remove)
 
     def stop(self) -> Trace:
         self._stack.close()
@@ -114,7 +120,7 @@ class Recorder:
         return hear
 
     def _listener(self, name: str) -> Callable[..., None]:
-        def hear(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        def hear(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
             if torch._C._current_graph_task_id() != -1:
                 return  # a second forward inside backward: activation checkpointing
             x = args[0] if args else kwargs.get("input")
@@ -122,8 +128,14 @@ class Recorder:
                 self._trace.odd[name] = "called with more than one argument"
             elif name not in self._trace.odd:
                 self._hear(name, layer, x.detach())
+                self._outputs[id(y)] = (name, weakref.ref(y))
 
         return hear
+
+    def _hear_norm(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        name, output = self._outputs.get(id(args[0]) if args else 0, ("", None))
+        if output is not None and output() is args[0] and name not in self._trace.normed:
+            self._trace.normed.append(name)
 
     def _hear(self, name: str, layer: nn.Module, x: Tensor) -> None:
         axes = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)  # type: ignore[arg-type]

@@ -3,5 +3,6 @@
 from lowrank_pl.callbacks.compression_callback import CompressionCallback
 from lowrank_pl.callbacks.deeptwist import DeepTwist
 from lowrank_pl.callbacks.extract_structure import ExtractStructure
+from lowrank_pl.callbacks.learning_compression import LearningCompression
 
-__all__ = ["CompressionCallback", "DeepTwist", "ExtractStructure"]
+__all__ = ["CompressionCallback", "DeepTwist", "ExtractStructure", "LearningCompression"]

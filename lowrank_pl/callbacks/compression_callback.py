@@ -18,7 +18,6 @@ from lowrank_pl.compression import DEFAULT_RANK, Plan, make_plan
 from lowrank_pl.decompositions import Decomposition, Rank
 from lowrank_pl.methods import Distortion, distort_
 from lowrank_pl.ranks import RankRule
-from lowrank_pl.report import print_plan
 from lowrank_pl.surgery import Recorder, Trace
 from lowrank_pl.targets import Targets
 
@@ -55,6 +54,15 @@ class CompressionCallback(pl.Callback, ABC):
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Act, if it is time: the first batch has been heard and the plan is made."""
 
+    @abstractmethod
+    def project(self, trainer: pl.Trainer, plan: Plan, closing: bool) -> Distortion:
+        """Put the weights that would be deployed now in place of the training weights; `closing` at the end of a
+        fit."""
+
+    @abstractmethod
+    def planned(self, trainer: pl.Trainer, plan: Plan) -> None:
+        """The plan has been made, for the first time since setup."""
+
     # -- life cycle ------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -90,10 +98,14 @@ class CompressionCallback(pl.Callback, ABC):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.finish_listening(trainer, pl_module)
+        self.after_step(trainer, pl_module, batch, batch_idx)
+
+    def finish_listening(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The first batch has run: make the plan."""
         if self._recorder is not None:
             self.trace, self._recorder = self._recorder.stop(), None
             self._make_plan(trainer, pl_module)
-        self.after_step(trainer, pl_module, batch, batch_idx)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.close(trainer, pl_module)
@@ -118,7 +130,8 @@ class CompressionCallback(pl.Callback, ABC):
         buffers = [b for norm in batch_norms(pl_module) for b in norm.buffers()] if self.recalibrate_bn else []
         closed = Stash([*(c.parameter for c in plan.compressions), *buffers])
         if not self.is_projected():
-            self.log_metrics(trainer, {"lowrank/delta_w": self.distort(trainer, pl_module, ranks).delta_w})
+            delta_w = self.distort(trainer, pl_module, ranks, closing=True).delta_w
+            self.log_metrics(trainer, {"lowrank/delta_w": delta_w})
         if self.recalibrate_bn:
             recalibrate_batch_norms_(trainer, pl_module, self.recalibrate_bn)
         closed.seal()
@@ -149,18 +162,20 @@ class CompressionCallback(pl.Callback, ABC):
         return self.plan is not None and self._projected == fingerprints(c.weight for c in self.plan.compressions)
 
     def distort(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, ranks: Mapping[str, Rank] | None = None
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        ranks: Mapping[str, Rank] | None = None,
+        closing: bool = False,
     ) -> Distortion:
-        """Project all targets in place, at these ranks or at those that the rules choose.
+        """Project all targets in place, at these ranks or as the method does.
 
         The first process chooses, and all end with its very weights.
         """
         plan = self._plan(trainer, pl_module)
         with torch.inference_mode(False):
             plan.check_finite()  # on every process, so that all raise together
-            if ranks is None and trainer.is_global_zero:
-                ranks = plan.choose_ranks()
-            distortion = distort_(plan, trainer.strategy.broadcast(ranks))
+            distortion = self.project(trainer, plan, closing) if ranks is None else distort_(plan, ranks)
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 for c in plan.compressions:
                     torch.distributed.broadcast(c.weight, src=0)
@@ -175,18 +190,16 @@ class CompressionCallback(pl.Callback, ABC):
         return self.plan
 
     def _make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        known, self.plan = (
-            self.plan is not None,
-            make_plan(pl_module, self.method, self.rank, self.targets, self.trace, training=True),
-        )
+        known = self.plan is not None
+        self.plan = make_plan(pl_module, self.method, self.rank, self.targets, self.trace, training=True)
         for c in self.plan.compressions:
             if c.weight.dtype not in (torch.float32, torch.float64):
                 raise TypeError(
                     f"Layer {c.name!r}: expected float32 weights but got {c.weight.dtype}, which rounds "
                     "the low rank away; train in mixed precision instead"
                 )
-        if not known and trainer.is_global_zero:
-            print_plan(self.plan.rows(self.plan.choose_ranks()))
+        if not known:
+            self.planned(trainer, self.plan)
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 

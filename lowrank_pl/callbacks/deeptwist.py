@@ -8,7 +8,9 @@ import pytorch_lightning as pl
 
 from lowrank_pl.callbacks.compression_callback import CompressionCallback
 from lowrank_pl.callbacks.quiet import quiet_copy, training_loss
-from lowrank_pl.methods import is_due
+from lowrank_pl.compression import Plan
+from lowrank_pl.methods import Distortion, distort_, is_due
+from lowrank_pl.report import print_plan
 from lowrank_pl.targets import Targets
 
 
@@ -46,6 +48,14 @@ class DeepTwist(CompressionCallback):
         if type(S_D) is not int or S_D < 1:
             raise ValueError(f"Expected argument `S_D` to be at least 1 optimizer step but got {S_D!r}")
         self.S_D, self.monitor_loss = S_D, monitor_loss
+
+    def planned(self, trainer: pl.Trainer, plan: Plan) -> None:
+        if trainer.is_global_zero:
+            print_plan(plan.rows(plan.choose_ranks()))
+
+    def project(self, trainer: pl.Trainer, plan: Plan, closing: bool) -> Distortion:
+        ranks = plan.choose_ranks() if trainer.is_global_zero else None
+        return distort_(plan, trainer.strategy.broadcast(ranks))
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if not is_due(trainer.global_step, self.last_step, self.S_D):

@@ -1,5 +1,6 @@
 """Ways of getting a network to live in a structure, without a trainer."""
 
 from lowrank_pl.methods.deeptwist import Distortion, distort_, is_due
+from lowrank_pl.methods.learning_compression import CStep, LCState, add_penalty_gradients_, c_step, least_mu
 
-__all__ = ["Distortion", "distort_", "is_due"]
+__all__ = ["CStep", "Distortion", "LCState", "add_penalty_gradients_", "c_step", "distort_", "is_due", "least_mu"]
