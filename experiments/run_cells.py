@@ -2,8 +2,9 @@
 
     python experiments/run_cells.py experiments/deeptwist_cifar10 --data DIR --weights DIR
 
-`cells.yaml` in the experiment's folder names the runs; results.csv beside it is written after every one, and what it
-already holds is skipped, so that a stopped experiment is taken up by the same command.
+`cells.yaml` in the folder names the runs: `command` is what all have in common, and a cell whose first word is one of
+`groups` begins with that group's words. results.csv beside it is written after every cell, and what it already
+holds is skipped, so that a stopped experiment is taken up by the same command.
 """
 
 import argparse
@@ -16,7 +17,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-COLUMNS = ("cell", "accuracy_before_last_distortion", "accuracy", "params", "params_ratio", "macs", "macs_ratio")
+COLUMNS = (
+    "cell", "accuracy_before_last_distortion", "accuracy", "params", "params_ratio", "macs", "macs_ratio", "ranks",
+    "train_loss", "train_accuracy", "accuracy_extracted", "dense_train_loss", "dense_train_accuracy",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -28,17 +32,19 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cells whose name contains this")
     arguments = parser.parse_args()
     spec: Any = OmegaConf.to_container(OmegaConf.load(arguments.experiment / "cells.yaml"))
-    places = {"data": arguments.data.absolute(), "weights": arguments.weights.absolute()}
-    for name, overrides in spec["cells"].items():
+    runs = arguments.runs.absolute() / arguments.experiment.name
+    places = {"data": arguments.data.absolute(), "weights": arguments.weights.absolute(), "runs": runs}
+    for name, words in spec["cells"].items():
         if arguments.only not in name:
             continue
-        directory = arguments.runs / arguments.experiment.name / name
-        if name not in read(arguments.experiment) and not is_finished(directory):
+        if name not in read(arguments.experiment) and not is_finished(runs / name):
+            first, _, rest = words.partition(" ")
+            overrides = f"{spec['groups'][first]} {rest}" if first in spec.get("groups", {}) else words
             command = f"{spec['command']} {overrides}".format(**places).split()
             program = [sys.executable, "-c", "from lowrank_pl.cli import main; main()", "train"]
-            subprocess.run([*program, *command, f"hydra.run.dir={directory}"], check=True)
-        if is_finished(directory):
-            write(arguments.experiment, list(spec["cells"]), row(name, directory))
+            subprocess.run([*program, *command, f"hydra.run.dir={runs / name}"], check=True)
+        if is_finished(runs / name):
+            write(arguments.experiment, list(spec["cells"]), row(name, runs / name))
 
 
 def is_finished(directory: Path) -> bool:
@@ -49,10 +55,20 @@ def is_finished(directory: Path) -> bool:
 def row(name: str, directory: Path) -> dict[str, Any]:
     report = json.loads((directory / "report.json").read_text())
     dense, compressed = report["dense"], report["compressed"]
-    values = [name, f"{100 * dense['accuracy']:.2f}", f"{100 * compressed['accuracy']:.2f}"]
+    values: dict[str, Any] = {"cell": name}
+    values["accuracy_before_last_distortion"] = f"{100 * dense['accuracy']:.2f}"
+    values["accuracy"] = f"{100 * compressed['accuracy']:.2f}"
     for unit in ("params", "macs"):
-        values += [compressed[unit], f"{dense[unit] / compressed[unit]:.3f}"]
-    return dict(zip(COLUMNS, values, strict=True))
+        values |= {unit: compressed[unit], f"{unit}_ratio": f"{dense[unit] / compressed[unit]:.3f}"}
+    values["ranks"] = " ".join(layer["structure"].replace(" > ", ">") for layer in report["layers"])
+    for prefix, network in (("", compressed), ("dense_", dense)):
+        if "train_loss" in network:
+            values[f"{prefix}train_loss"] = f"{network['train_loss']:.3e}"
+            values[f"{prefix}train_accuracy"] = f"{100 * network['train_accuracy']:.3f}"
+    extracted = directory / "extracted" / "test.json"
+    if extracted.is_file():
+        values["accuracy_extracted"] = f"{100 * json.loads(extracted.read_text())['accuracy']:.2f}"
+    return values
 
 
 def read(experiment: Path) -> dict[str, dict[str, Any]]:
@@ -65,7 +81,7 @@ def read(experiment: Path) -> dict[str, dict[str, Any]]:
 def write(experiment: Path, order: list[str], new: dict[str, Any]) -> None:
     rows = {**read(experiment), new["cell"]: new}
     with open(experiment / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, [name for name in COLUMNS if any(row.get(name) for row in rows.values())])
         writer.writeheader()
         writer.writerows(rows[name] for name in order if name in rows)
 

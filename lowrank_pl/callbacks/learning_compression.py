@@ -253,8 +253,8 @@ class LearningCompression(CompressionCallback):
             return
         some, every = least_mu(plan, self.rule, self.state.scales)
         warnings.warn(
-            f"Every layer has rank 0 at mu0 = {self.mu0:g}: lambda_ = {self.rule.lambda_:g} outweighs all weights. With "
-            f"mu0 above {some:.2g} at least one layer has not, with mu0 above {every:.2g} none has",
+            f"Every layer has rank 0 at mu0 = {self.mu0:g}: lambda_ = {self.rule.lambda_:g} outweighs all weights. "
+            f"With mu0 above {some:.2g} at least one layer has not, with mu0 above {every:.2g} none has",
             stacklevel=2,
         )
 

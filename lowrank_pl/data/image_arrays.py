@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -92,6 +93,12 @@ class ImageArrays(LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader:
         self.setup()
         return self._eval_loader(self._test)
+
+    def train_eval_dataloader(self) -> DataLoader:
+        """The training images as they are: in their order, without augmentation."""
+        self.setup()
+        assert self._train is not None
+        return self._eval_loader(replace(self._train, augment=False))
 
     def _eval_loader(self, images: ImageSet) -> DataLoader:
         return _loader(images, EpochSampler(len(images), self.eval_batch_size, shuffle=False))
