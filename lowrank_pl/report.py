@@ -165,7 +165,7 @@ def print_plan(rows: Sequence[Row], console: Console | None = None) -> None:
         table.add_column(column, justify=justify, no_wrap=column != "note")  # type: ignore[arg-type]
     for row in rows:
         rank = "" if row.rank is None else ", ".join(map(str, row.rank))
-        ratio = "" if row.rank is None else f"{row.dense_weights / row.weights:.2f}x"
+        ratio = "" if row.rank is None or not row.weights else f"{row.dense_weights / row.weights:.2f}x"
         table.add_row(row.name, row.structure, rank, f"{row.dense_weights:,}", f"{row.weights:,}", ratio, row.note)
     weights, to = sum(row.dense_weights for row in rows), sum(row.weights for row in rows)
     table.add_section()
@@ -205,7 +205,7 @@ def _deployed_macs(spec: LayerSpec, module: nn.Module, entry: dict[str, Any] | N
         weights = num_parameters(module) - (0 if module.bias is None else module.bias.numel())
         return spec.macs if module.run == "dense" else spec.macs // spec.num_weights * weights
     total, inputs = 0, spec.inputs
-    for values in entry["structure"]["stages"]:
+    for values in entry["structure"].get("stages", []):  # a constant has none
         stage = LayerSpec.from_dict(values).with_(inputs=inputs)
         total, inputs = total + (stage.macs or 0), stage.outputs
     return total
@@ -253,6 +253,8 @@ def _structure_name(entry: dict[str, Any] | None) -> str:
     structure = entry["structure"]
     if structure["kind"] == "tiles":
         return f"tiles of {structure['tile']}, rank {structure['rank']}"
+    if structure["kind"] == "constant":
+        return "constant"
     return " > ".join(_stage_name(stage) for stage in structure["stages"])
 
 

@@ -69,6 +69,9 @@ def test_an_unknown_key_is_refused() -> None:
 @pytest.mark.parametrize("cells", EXPERIMENTS, ids=lambda path: path.parent.name)
 def test_every_cell_of_an_experiment_composes(cells: Path) -> None:
     spec = OmegaConf.to_container(OmegaConf.load(cells))
-    for overrides in spec["cells"].values():
-        config = composed(*f"{spec['command']} {overrides}".format(data="/data", weights="/weights").split())
-        assert config.seed == 0
+    for words in spec["cells"].values():
+        first, _, rest = words.partition(" ")
+        overrides = f"{spec['groups'][first]} {rest}" if first in spec.get("groups", {}) else words
+        command = f"{spec['command']} {overrides}".format(data="/data", weights="/weights", runs="/runs")
+        config = composed(*command.split())
+        assert config.seed in (0, 1, 2)

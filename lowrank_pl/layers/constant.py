@@ -27,7 +27,9 @@ class ConstantLayer(nn.Module):
         seen = self.layer.with_(inputs=((1, *x.shape[x.dim() - axes :]),))
         sizes = seen.outputs[0][1:] if axes else ()
         value = x.new_zeros(self.layer.out_channels) if self.bias is None else self.bias
-        return value.view(-1, *[1] * axes).expand(*x.shape[: x.dim() - axes - 1], self.layer.out_channels, *sizes)
+        shape = (*x.shape[: x.dim() - axes - 1], self.layer.out_channels, *sizes)
+        # memory of its own: what follows may write to it in place
+        return value.view(-1, *[1] * axes).expand(shape).clone(memory_format=torch.contiguous_format)
 
     def extra_repr(self) -> str:
         return f"{self.layer.in_channels}, {self.layer.out_channels}, kernel={self.layer.kernel}"
