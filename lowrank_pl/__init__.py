@@ -14,11 +14,14 @@ _HOMES = {
     "lowrank_pl.report": ("Report", "summarize"),
     "lowrank_pl.decompositions": ("SVD", "BlockSVD", "Cheapest", "SpatialSVD", "TiledSVD", "Tucker2"),
     "lowrank_pl.ranks": (
+        "EVBMF",
         "CompressionRatio",
         "CostBudget",
         "CostPenalty",
         "EnergyThreshold",
         "FixedRank",
+        "GreedyEnergy",
+        "MultipleOf",
         "RankFraction",
     ),
     "lowrank_pl.costs": ("Latency", "Macs", "Params"),
@@ -28,6 +31,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = "0.1.0"
 __all__ = [
+    "EVBMF",
     "SVD",
     "BlockSVD",
     "Cheapest",
@@ -38,9 +42,11 @@ __all__ = [
     "EnergyThreshold",
     "ExtractStructure",
     "FixedRank",
+    "GreedyEnergy",
     "Latency",
     "LearningCompression",
     "Macs",
+    "MultipleOf",
     "Params",
     "RankFraction",
     "Report",

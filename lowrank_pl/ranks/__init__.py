@@ -6,16 +6,22 @@ from lowrank_pl.ranks.cost_budget import CostBudget
 from lowrank_pl.ranks.cost_penalty import CostPenalty
 from lowrank_pl.ranks.energy_threshold import EnergyThreshold
 from lowrank_pl.ranks.enumeration import Enumeration, enumerate_ranks
+from lowrank_pl.ranks.evbmf import EVBMF
 from lowrank_pl.ranks.fixed_rank import FixedRank
+from lowrank_pl.ranks.greedy_energy import GreedyEnergy
+from lowrank_pl.ranks.multiple_of import MultipleOf
 from lowrank_pl.ranks.rank_fraction import RankFraction
 
 __all__ = [
+    "EVBMF",
     "CompressionRatio",
     "CostBudget",
     "CostPenalty",
     "EnergyThreshold",
     "Enumeration",
     "FixedRank",
+    "GreedyEnergy",
+    "MultipleOf",
     "RankFraction",
     "RankProblem",
     "RankRule",
