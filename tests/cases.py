@@ -10,7 +10,18 @@ from torch import Tensor, nn
 from lowrank_pl.decompositions import SVD, BlockSVD, Decomposition, SpatialSVD, TiledSVD, Tucker2
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
-from lowrank_pl.ranks import CompressionRatio, EnergyThreshold, FixedRank, RankFraction, RankProblem
+from lowrank_pl.ranks import (
+    EVBMF,
+    CompressionRatio,
+    CostBudget,
+    CostPenalty,
+    EnergyThreshold,
+    FixedRank,
+    GreedyEnergy,
+    MultipleOf,
+    RankFraction,
+    RankProblem,
+)
 
 # name: how the layer is made, shape of a batch of inputs
 LAYERS: dict[str, tuple[partial[nn.Module], tuple[int, ...]]] = {
@@ -100,6 +111,13 @@ RULES = (
     EnergyThreshold(0.001),
     EnergyThreshold(0.4),
     EnergyThreshold(0.999),
+    CostPenalty(0.0, "params"),
+    CostPenalty(1e5, "params"),
+    CostBudget("params", 1.0),
+    CostBudget("params", 0.8),
+    GreedyEnergy("params", 0.8),
+    EVBMF(),
+    MultipleOf(CompressionRatio(2.0), 3),
 )
 
 

@@ -61,7 +61,7 @@ class CostBudget(RankRule):
             for _ in range(60):
                 middle = (low + high) / 2
                 low, high = (middle, high) if _spent(layers, at(middle)) > budget else (low, middle)
-        places = _spend_the_rest(layers, weights, at(high), budget)
+        places = _spend_the_rest([p.name for p in problems], layers, weights, at(high), budget)
         return [each.ranks[i] for each, i in zip(layers, places, strict=True)], high * MILLION
 
 
@@ -92,7 +92,7 @@ def _spent(layers: Sequence[Enumeration], places: Sequence[int]) -> float:
 
 
 def _spend_the_rest(
-    layers: Sequence[Enumeration], weights: Sequence[float], places: Sequence[int], budget: float
+    names: Sequence[str], layers: Sequence[Enumeration], weights: Sequence[float], places: Sequence[int], budget: float
 ) -> list[int]:
     """Raise one rank after another, the one with the most error saved per cost first, while one can be raised."""
     chosen = list(places)
@@ -105,8 +105,8 @@ def _spend_the_rest(
             possible = np.flatnonzero((more > 0) & (more <= rest) & (saved > 0))
             if len(possible):
                 gains = saved[possible] / more[possible] / weight
-                moves.append((float(gains.max()), k, int(possible[gains.argmax()])))
+                moves.append((float(gains.max()), names[k], k, int(possible[gains.argmax()])))
         if not moves:
             return chosen
-        _, k, place = max(moves)
+        *_, k, place = max(moves)
         chosen[k] = place

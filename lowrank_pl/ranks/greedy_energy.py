@@ -46,7 +46,7 @@ class GreedyEnergy(RankRule):
         at = [len(path) - 1 for path in paths]
         energies = [float(problem.weight.double().square().sum()) for problem in problems]
         spent = sum(float(layer.costs[-1]) for layer in layers)
-        queue: list[tuple[float, int]] = []
+        queue: list[tuple[float, str, int]] = []  # by name where two lose the same
 
         def offer(k: int) -> None:
             """The next move of layer k: what share of its energy it loses per cost saved."""
@@ -54,12 +54,13 @@ class GreedyEnergy(RankRule):
                 here, there = paths[k][at[k]], paths[k][at[k] - 1]
                 kept = energies[k] - layers[k].errors[here]
                 lost = (layers[k].errors[there] - layers[k].errors[here]) / kept if kept > 0 else 0.0
-                heapq.heappush(queue, (lost / (layers[k].costs[here] - layers[k].costs[there]), k))
+                share = float(lost / (layers[k].costs[here] - layers[k].costs[there]))
+                heapq.heappush(queue, (share, problems[k].name, k))
 
         for k in range(len(layers)):
             offer(k)
         while spent > budget and queue:
-            _, k = heapq.heappop(queue)
+            *_, k = heapq.heappop(queue)
             spent -= float(layers[k].costs[paths[k][at[k]]] - layers[k].costs[paths[k][at[k] - 1]])
             at[k] -= 1
             offer(k)

@@ -2,12 +2,23 @@
 
 import dataclasses
 import sys
+from functools import partial
 
 import pytest
 import torch
 from cases import DECOMPOSITIONS, LAYERS, RULES, finals, make_layer, make_problem, supports
 
-from lowrank_pl.ranks import CompressionRatio, EnergyThreshold, FixedRank, RankFraction, RankRule
+from lowrank_pl.ranks import (
+    CompressionRatio,
+    CostBudget,
+    CostPenalty,
+    EnergyThreshold,
+    FixedRank,
+    GreedyEnergy,
+    MultipleOf,
+    RankFraction,
+    RankRule,
+)
 
 each_rule = pytest.mark.parametrize("rule", RULES, ids=str)
 each_decomposition = pytest.mark.parametrize("decomposition", DECOMPOSITIONS, ids=lambda x: str(x).replace(" ", ""))
@@ -45,7 +56,8 @@ def test_one_rank_within_bounds_for_each_problem(decomposition, rule):
 @each_decomposition
 def test_choices_do_not_depend_on_scale_or_order(decomposition, rule):
     problems = problems_of(decomposition)
-    scaled = [dataclasses.replace(problem, weight=problem.weight * 2.0**20) for problem in reversed(problems)]
+    scale = 1.0 if isinstance(rule, CostPenalty) else 2.0**20  # a price is for errors of a certain size
+    scaled = [dataclasses.replace(problem, weight=problem.weight * scale) for problem in reversed(problems)]
     assert rule(scaled) == rule(problems)[::-1]
 
 
@@ -83,6 +95,12 @@ BAD_ARGUMENTS = [
     (RankFraction, "R_c", [0, -0.5, 1.01, 2, "0.5", None, True, float("nan"), float("inf")]),
     (CompressionRatio, "x", [0, 0.99, -2, "2", None, True, float("nan")]),
     (EnergyThreshold, "p", [0, 1, -0.1, 1.5, "0.9", None, True, float("nan")]),
+    (CostPenalty, "lambda_", [-1e-9, "1", None, True, float("nan")]),
+    (partial(CostPenalty, 1.0), "cost", ["mac", None, 3]),
+    (partial(CostBudget, "params"), "ratio", [0, -0.5, 1.01, "0.5", None, True, float("nan")]),
+    (CostBudget, "cost", ["mac", None, 3]),
+    (partial(GreedyEnergy, "params"), "ratio", [0, -0.5, 1.01, "0.5", None, True, float("nan")]),
+    (partial(MultipleOf, FixedRank(8)), "m", [0, -8, 2.0, "8", None, True]),
 ]
 
 
@@ -93,4 +111,5 @@ def test_bad_arguments(kind, argument, value):
 
 
 def test_every_rule_has_bad_arguments():
-    assert {kind for kind, *_ in BAD_ARGUMENTS} == set(finals(RankRule))
+    kinds = {getattr(kind, "func", kind) for kind, *_ in BAD_ARGUMENTS}
+    assert kinds == {kind for kind in finals(RankRule) if dataclasses.fields(kind)}
