@@ -23,8 +23,7 @@ def start_l_step_(trainer: pl.Trainer, decay: float, restart: bool) -> None:
         if hasattr(scheduler, "base_lrs"):
             scheduler.base_lrs = [base * decay for base in scheduler.base_lrs]
         if restart and hasattr(scheduler, "last_epoch"):
-            # On an epoch's last batch a schedule of epochs still has its step to take.
-            scheduler.last_epoch = -1 if config.interval == "epoch" and trainer.is_last_batch else 0
+            scheduler.last_epoch = 0
 
 
 def clear_momentum_(trainer: pl.Trainer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 from torch import Tensor
@@ -48,7 +48,8 @@ class Cheapest(Decomposition):
     def factor(self, weight: Tensor, layer: LayerSpec, rank: Rank) -> Structure:
         if not 0 <= rank[0] < len(self.members):
             raise ValueError(f"Expected the number of a structure below {len(self.members)} first in the rank {rank}")
-        return self.members[rank[0]].factor(weight, layer, rank[1:])
+        structure: Any = self.members[rank[0]].factor(weight, layer, rank[1:])
+        return replace(structure, rank=rank)
 
     def _factor(self, weight: Tensor, layer: LayerSpec, rank: Rank) -> Structure:
         raise NotImplementedError("each structure checks its own rank")

@@ -196,7 +196,7 @@ class Tiles(Structure):
             "kind": "tiles",
             "layer": self.layer.to_dict(),
             "tile": self.tile,
-            "rank": self.rank[0],
+            "rank": self.rank[-1],
             "run": self.run,
         }
 
@@ -209,7 +209,7 @@ class Tiles(Structure):
 
     def _fill(self, bias: Tensor | None) -> TiledLayer:
         with torch.device("meta"):
-            module = TiledLayer(self.layer, self.tile, self.rank[0], bias is not None, self.run)
+            module = TiledLayer(self.layer, self.tile, self.rank[-1], bias is not None, self.run)
         for empty, factors in ((module.left, self.left), (module.right, self.right)):
             for i, factor in enumerate(factors):
                 empty[i] = nn.Parameter(factor.detach().clone(memory_format=torch.contiguous_format))

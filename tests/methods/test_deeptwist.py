@@ -78,7 +78,7 @@ def test_nothing_is_written_unless_all_can_be():
     plan = make_plan(net, "svd", FixedRank(2))
     before = weights(net)
     with pytest.raises(ValueError, match="fc1"):
-        distort_(plan, {"conv2": (2,), "fc1": (0,)})
+        distort_(plan, {"conv2": (2,), "fc1": (-1,)})
     assert distance(before, weights(net)) == 0
     with torch.no_grad():
         net.fc1.weight[3, 3] = float("inf")
