@@ -1,0 +1,68 @@
+"""Learning-compression on two processes (gloo): equal ranks, equal weights, although their decompositions differ."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from nets import Module, Net, loader, quiet_trainer, weights
+
+from lowrank_pl import ExtractStructure, LearningCompression
+from lowrank_pl.compression import Compression
+from lowrank_pl.ranks import CostPenalty
+
+
+class Disagree(pl.Callback):
+    """The second process would choose other ranks, and its projections come out slightly different."""
+
+    def on_train_start(self, trainer, pl_module):
+        if trainer.global_rank == 1:
+            choose, factor = CostPenalty.__call__, Compression.factor
+
+            def others(rule, *arguments):
+                return [(1,) for _ in choose(rule, *arguments)]
+
+            def different(compression, weight, rank):
+                structure = factor(compression, weight, rank)
+                return structure.with_tensors([1.001 * tensor for tensor in structure.tensors()])
+
+            CostPenalty.__call__, Compression.factor = others, different
+
+
+class Watch(pl.Callback):
+    """What this process has after every step and at the end, in a file of its own."""
+
+    def __init__(self, folder, callback):
+        self.folder, self.callback, self.after = folder, callback, {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        ranks = {name: list(rank) for name, rank in self.callback.state.ranks.items()}
+        self.after[trainer.global_step] = (weights(pl_module.net), dict(self.callback.state.anchors), ranks)
+
+    def on_fit_end(self, trainer, pl_module):
+        self.after[-1] = (weights(pl_module.net), {}, {})
+        torch.save(self.after, self.folder / f"rank{trainer.global_rank}.pt")
+
+
+@pytest.mark.timeout(300)
+def test_both_hold_what_the_first_chose(tmp_path):
+    callback = LearningCompression(30.0, steps=4, mu0=0.05, growth=1.5, l_step_epochs=1)
+    extract = ExtractStructure(tmp_path / "compressed", submodule="net")
+    loop = quiet_trainer(
+        tmp_path,
+        Disagree(),
+        callback,
+        extract,
+        Watch(tmp_path, callback),
+        strategy="ddp_spawn",
+        devices=2,
+        max_epochs=9,
+    )
+    loop.fit(Module(Net()), loader())
+    one, two = (torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in (0, 1))
+    assert one.keys() == two.keys()
+    assert len(one) == 10  # three epochs of three steps, and the end
+    for step, (state, anchors, ranks) in one.items():
+        assert ranks == two[step][2]
+        assert all(torch.equal(state[name], two[step][0][name]) for name in state)
+        assert all(torch.equal(anchors[name], two[step][1][name]) for name in anchors)
+    assert any(rank not in ([1], [0]) for rank in one[9][2].values())
+    assert (tmp_path / "compressed" / "model.safetensors").is_file()
