@@ -22,13 +22,14 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lowrank_pl.callbacks import DeepTwist
+from lowrank_pl.callbacks import DeepTwist, LearningCompression
 from lowrank_pl.compression import Plan, make_plan
 from lowrank_pl.data import EpochSampler, ImageSet
 from lowrank_pl.files import write_files
-from lowrank_pl.methods import distort_
+from lowrank_pl.methods import c_step, distort_
 from lowrank_pl.models import VGG, CifarResNet, LeNet5
 from lowrank_pl.module import Classifier
+from lowrank_pl.ranks import CostPenalty
 from lowrank_pl.schedules import constant
 
 
@@ -87,8 +88,44 @@ def throughput_lenet5(repeats: int, steps: int = 150, batch: int = 256) -> Resul
     )
 
 
+def lc_overhead(repeats: int, epochs: int = 4, batches: int = 60, batch: int = 256) -> Result:
+    """A fit with `LearningCompression`, an epoch per L step, against a plain fit of as many epochs; LeNet5."""
+    images = _images(batches * batch, (1, 28, 28), batch)
+    lc = {"lambda_": 1e-3, "mu0": 1e-3, "growth": 1.5, "steps": epochs + 1, "l_step_epochs": 1}
+
+    def seconds(callbacks: list[pl.Callback]) -> float:
+        clock = _Clock()
+        _trainer(epochs * batches, [*callbacks, clock]).fit(_classifier(LeNet5()), images)
+        return clock.seconds
+
+    ways = [lambda: seconds([]), lambda: seconds([LearningCompression(**lc)])]  # type: ignore[arg-type]
+    plain, with_callback = _in_turns(ways, repeats)
+    return _result("fit with LC / plain fit, LeNet5", ("plain", "LC"), plain, with_callback, "<= 1.10")
+
+
+def c_step_vgg16(repeats: int) -> Result:
+    """One C step over VGG16 (spectra, choice of ranks, projections) against the same with `torch.linalg.svd`."""
+    net, rule = VGG(depth=16), CostPenalty(1e-3, "params")
+    plan = make_plan(net, "svd", rule, training=True)
+
+    def ours() -> float:
+        return _seconds(lambda plan: c_step(plan, rule, None, 0.01, 0.01), plan)
+
+    ours()  # what depends on shapes alone is remembered
+    first, second = _in_turns([ours, lambda: _seconds(_c_step_by_layer, plan)], repeats)
+    return _result("torch.linalg.svd / C step, VGG16", ("C step", "svd"), first, second, ">= 5")
+
+
 ALL: dict[str, Callable[[int], Result]] = {
-    function.__name__: function for function in (fit_overhead, projection_resnet32, projection_vgg16, throughput_lenet5)
+    function.__name__: function
+    for function in (
+        fit_overhead,
+        projection_resnet32,
+        projection_vgg16,
+        throughput_lenet5,
+        lc_overhead,
+        c_step_vgg16,
+    )
 }
 
 
@@ -149,6 +186,19 @@ def _svd_by_layer(plan: Plan) -> None:
         assert name == c.name
         left, singular, right = torch.linalg.svd(c.weight.flatten(1), full_matrices=False)
         c.weight.copy_(((left[:, :rank] * singular[:rank]) @ right[:rank]).view_as(c.weight))
+
+
+def _c_step_by_layer(plan: Plan) -> None:
+    """The same by a float32 SVD of each lowered kernel."""
+    for c in plan.compressions:
+        matrix = c.weight.flatten(1)
+        left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
+        tails = singular.square().flip(0).cumsum(0).flip(0)
+        ranks = torch.arange(len(tails))
+        costs = 1e-9 * float(matrix.square().sum()) * ranks * sum(matrix.shape)
+        r = int((costs + 0.005 * tails).argmin())
+        theta = (left[:, :r] * singular[:r]) @ right[:r]
+        float((matrix - theta).square().sum())
 
 
 def _seconds(function: Callable[[Plan], Any], plan: Plan) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lowrank_pl.costs import Cost, price
 from lowrank_pl.decompositions import Cheapest, Constant, Decomposition, Dense, Rank, Structure, chosen, count_weights
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
+from lowrank_pl.linalg import squared_norm
 from lowrank_pl.ranks import CompressionRatio, RankProblem, RankRule
 from lowrank_pl.surgery import Trace, find_layers, obstacle
 from lowrank_pl.targets import Targets, check_patterns, matches
@@ -45,7 +47,7 @@ class Compression:
 
     def num_weights(self, rank: Rank) -> int:
         """Weights of the factors; of none at rank 0."""
-        return count_weights(self.decomposition.stages(self.layer, rank)) if any(rank) else 0
+        return _num_weights(self.decomposition, self.layer, rank) if any(rank) else 0
 
     def is_cheaper(self, rank: Rank) -> bool:
         """Whether the factors have fewer weights than the layer."""
@@ -224,11 +226,17 @@ def write_weights_(plan: Plan, structures: Mapping[str, Structure]) -> float:
     squared, count = 0.0, 0
     for c in plan.compressions:
         projected = structures[c.name].reconstruct()
-        squared += float(torch.linalg.vector_norm(c.weight - projected, dtype=torch.float64)) ** 2
+        squared += squared_norm(c.weight - projected)
         count += projected.numel()
         if projected.data_ptr() != c.weight.data_ptr():
             c.weight.copy_(projected)
     return squared / max(count, 1)
+
+
+@cache
+def _num_weights(decomposition: Decomposition, layer: LayerSpec, rank: Rank) -> int:
+    """Remembered, because it is asked for at every distortion."""
+    return count_weights(decomposition.stages(layer, rank))
 
 
 def _first_match(choices: Mapping[str, Any], name: str) -> Any:

@@ -5,8 +5,29 @@ values come out to about 1e-8 of the largest, better than a float32 SVD and seve
 for which a Gram matrix would lose half of the digits, get a true SVD.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
+
+_Decomposition = tuple[Tensor, Tensor]
+_shared: ContextVar[dict[object, tuple[Tensor, _Decomposition]] | None] = ContextVar("shared", default=None)
+
+
+@contextmanager
+def shared_decompositions() -> Iterator[None]:
+    """Within it a matrix whose spectrum has been asked for is not decomposed again for its truncation.
+
+    For callers that look at spectra first and truncate then, and write to no matrix in between. Keeps the vectors of
+    every matrix until it ends.
+    """
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
 
 
 def tail_energies(matrix: Tensor) -> Tensor:
@@ -22,9 +43,8 @@ def tail_energies(matrix: Tensor) -> Tensor:
 
 def singular_energies(matrix: Tensor) -> Tensor:
     """Squared singular values, largest first. Shapes: `[..., m, n]` to `[..., min(m, n)]`, float64."""
-    if matrix.dtype == torch.float64:
-        return _svd(matrix)[1].square()
-    return _gram_eigh(_short_side_first(matrix.double()))[0]
+    wide = _short_side_first(matrix.double())
+    return _decomposed(matrix, wide, vectors=_shared.get() is not None)[0]
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -36,7 +56,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if not 1 <= rank <= min(matrix.shape[-2:]):
         raise ValueError(f"Expected a rank in [1, {min(matrix.shape[-2:])}] but got {rank}")
     wide = _short_side_first(matrix.double())
-    basis = _leading(wide, rank, exact=matrix.dtype == torch.float64)
+    basis = _decomposed(matrix, wide)[1][..., :rank]
     coordinates = basis.mT @ wide
     # The length of each row is its singular value, more exactly than the eigenvalue is; a row of length 0 stays 0.
     scale = torch.linalg.vector_norm(coordinates, dim=-1, keepdim=True).sqrt()
@@ -47,32 +67,68 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
     """The leading left singular vectors of `[..., m, n]`: `[..., m, rank]`, float64, orthonormal; rank at most m."""
-    return _leading(matrix.double(), rank, exact=matrix.dtype == torch.float64)
+    if matrix.dtype == torch.float64:
+        return _svd(matrix, full=rank > matrix.shape[-1])[0][..., :rank]
+    return _gram_eigh(matrix.double())[1][..., :rank]
 
 
-def _leading(matrix: Tensor, rank: int, exact: bool) -> Tensor:
-    """`leading_vectors` of a float64 matrix; with `exact` by SVD, since its entries have more digits than a Gram
-    matrix keeps."""
-    vectors = _svd(matrix, full=rank > matrix.shape[-1])[0] if exact else _gram_eigh(matrix)[1]
-    return vectors[..., :rank]
+def _decomposed(matrix: Tensor, wide: Tensor, vectors: bool = True) -> _Decomposition:
+    """Squared singular values and the vectors of the shorter side (which may be missing without `vectors`).
+
+    `wide` is the matrix in float64, lying down. A float64 matrix by SVD, since its entries have more digits than a
+    Gram matrix keeps.
+    """
+    known = _shared.get()
+    key = (matrix.data_ptr(), matrix.shape, matrix.stride(), matrix.dtype)
+    if known is not None and key in known:
+        return known[key][1]
+    if matrix.dtype == torch.float64:
+        left, singular, _ = _svd(wide)
+        result = singular.square(), left
+    else:
+        result = _gram_eigh(wide, vectors)
+    if known is not None:
+        known[key] = matrix, result  # the matrix too, so that no other one comes to lie at its address
+    return result
+
+
+def squared_norm(weight: Tensor) -> float:
+    """`||W||_F^2`, exact to about 1e-8: row by row, since one sum in float32 over millions of entries is not."""
+    return float(torch.linalg.vector_norm(weight.flatten(1), dim=1).double().square().sum())
 
 
 def _short_side_first(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
 
 
-def _gram_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared singular values `[..., m]` and left singular vectors `[..., m, m]`, largest first."""
-    gram = matrix @ matrix.mT
+def _gram(matrix: Tensor, parts: int = 4) -> Tensor:
+    """`matrix @ matrix.mT`; of a large one only the blocks on and above the diagonal, which are all that is read."""
+    rows = matrix.shape[-2]
+    if rows < 256:
+        return matrix @ matrix.mT
+    gram = matrix.new_zeros(*matrix.shape[:-2], rows, rows)
+    for i in range(parts):
+        first, last = i * rows // parts, (i + 1) * rows // parts
+        gram[..., first:last, first:] = matrix[..., first:last, :] @ matrix[..., first:, :].mT
+    return gram
+
+
+def _gram_eigh(matrix: Tensor, vectors: bool = True) -> tuple[Tensor, Tensor]:
+    """Squared singular values `[..., m]` and left singular vectors `[..., m, m]`, largest first; without `vectors` an
+    empty tensor in their place."""
+    gram = _gram(matrix)
     _check_finite(gram.diagonal(dim1=-2, dim2=-1))  # where every entry's square is summed up
     try:
-        values, vectors = torch.linalg.eigh(gram)
+        if vectors:
+            values, basis = torch.linalg.eigh(gram, UPLO="U")
+        else:
+            values, basis = torch.linalg.eigvalsh(gram, UPLO="U"), gram.new_empty(0)
     except torch.linalg.LinAlgError:
         left, singular, _ = _svd(matrix, full=True)
         missing = matrix.shape[-2] - singular.shape[-1]
         return torch.nn.functional.pad(singular.square(), (0, max(missing, 0))), left
     _check_result(values)
-    return values.flip(-1).clamp(min=0.0), vectors.flip(-1)
+    return values.flip(-1).clamp(min=0.0), basis.flip(-1)
 
 
 def _svd(matrix: Tensor, full: bool = False) -> tuple[Tensor, Tensor, Tensor]:

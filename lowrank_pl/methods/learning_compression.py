@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lowrank_pl.compression import Compression, Plan
 from lowrank_pl.decompositions import Constant, Dense, Rank, Structure
+from lowrank_pl.linalg import shared_decompositions, squared_norm
 from lowrank_pl.ranks import CostBudget, CostPenalty, RankProblem, enumerate_ranks
 from lowrank_pl.ranks.cost_penalty import MILLION
 
@@ -122,7 +123,23 @@ def c_step(
     chooses. Raises `ValueError` with the layer's name for weights that are not finite.
     """
     plan.check_finite()
-    scales = state.scales if state else {c.name: _square(c.weight) if normalize else 1.0 for c in plan.compressions}
+    with shared_decompositions():
+        return _c_step(plan, rule, state, mu, next_mu, normalize, augmented, normed)
+
+
+def _c_step(
+    plan: Plan,
+    rule: CostPenalty | CostBudget,
+    state: LCState | None,
+    mu: float,
+    next_mu: float,
+    normalize: bool,
+    augmented: bool,
+    normed: Collection[str],
+) -> tuple[LCState, CStep]:
+    scales = (
+        state.scales if state else {c.name: squared_norm(c.weight) if normalize else 1.0 for c in plan.compressions}
+    )
     problems = [
         RankProblem(c.name, c.layer, c.decomposition, _shifted(c, state), scales[c.name], least=0)
         for c in plan.compressions
@@ -138,9 +155,9 @@ def c_step(
         new = _same_everywhere(_kept(c.factor(shifted, rank), c))
         old_theta, theta = old.reconstruct(), new.reconstruct()
         old_cost, cost = (c.cost(rule.cost, structure.rank) for structure in (old, new))
-        old_error, error = _square(shifted - old_theta), _square(shifted - theta)
+        old_error, error = squared_norm(shifted - old_theta), squared_norm(shifted - theta)
         sums["before"] += price * old_cost + mu / 2 * old_error
-        sums["beta"] += mu / 2 * (_square(state.anchors[c.name] - old_theta) if state else 0.0)
+        sums["beta"] += mu / 2 * (squared_norm(state.anchors[c.name] - old_theta) if state else 0.0)
         # Where the error was known beforehand only as a bound (Tucker-2), the new Theta may be worse than the old one.
         if isinstance(rule, CostBudget):
             keep = old_cost <= cost and old_error < error
@@ -155,8 +172,8 @@ def c_step(
             free.append(c.name)
             anchors[c.name] = theta
             continue
-        sums["gap"] += _square(c.weight - theta)
-        sums["norm"] += _square(c.weight)
+        sums["gap"] += squared_norm(c.weight - theta)
+        sums["norm"] += squared_norm(c.weight)
         shared = isinstance(new, Dense) and error == 0  # then the anchor is Theta itself
         anchors[c.name] = theta if shared or not augmented else theta.add(shifted - theta, alpha=-mu / next_mu)
     changed = state is None or any(state.ranks[name] != structure.rank for name, structure in structures.items())
@@ -243,10 +260,6 @@ def _kept(structure: Structure, c: Compression) -> Structure:
     if isinstance(structure, Dense) and structure.weight.data_ptr() == c.weight.data_ptr():
         return structure.with_tensors([structure.weight.clone()])
     return structure
-
-
-def _square(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
 def _from_first_process(value: T) -> T:

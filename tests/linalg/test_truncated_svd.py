@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_pl.linalg import leading_vectors, singular_energies, tail_energies, truncated_svd
+from lowrank_pl.linalg import (
+    leading_vectors,
+    shared_decompositions,
+    singular_energies,
+    squared_norm,
+    tail_energies,
+    truncated_svd,
+)
 
 
 def with_singular_values(rows, columns, values, seed=0):
@@ -163,7 +170,8 @@ def fail(*args, **kwargs):
 @each_dtype
 def test_fallbacks(name, dtype, broken_svd, monkeypatch):
     svd, svd_failures, eigh_failures = torch.linalg.svd, [], []
-    monkeypatch.setattr(torch.linalg, "eigh", lambda *args: eigh_failures.append(1) or fail())
+    for name_of in ("eigh", "eigvalsh"):
+        monkeypatch.setattr(torch.linalg, name_of, lambda *args, **options: eigh_failures.append(1) or fail())
     for check in (test_residual_is_optimal, test_energies, test_leading_vectors, test_factors_are_balanced):
         if broken_svd:
             svd_failures.clear()
@@ -171,3 +179,25 @@ def test_fallbacks(name, dtype, broken_svd, monkeypatch):
         check(name, dtype)
         assert bool(svd_failures) == broken_svd
     assert bool(eigh_failures) == (dtype == torch.float32)
+
+
+def test_a_shared_decomposition_is_made_once_and_is_the_same(monkeypatch):
+    matrix = torch.randn(300, 500, generator=torch.Generator().manual_seed(0))
+    expected = tail_energies(matrix), truncated_svd(matrix, 7)
+    eigh, calls = torch.linalg.eigh, []
+    monkeypatch.setattr(torch.linalg, "eigh", lambda *args, **options: calls.append(1) or eigh(*args, **options))
+    with shared_decompositions():
+        tails, factors = tail_energies(matrix), truncated_svd(matrix, 7)
+        truncated_svd(matrix, 9)
+        assert len(calls) == 1
+        truncated_svd(matrix.clone(), 9)  # another matrix
+        assert len(calls) == 2
+    truncated_svd(matrix, 7)
+    assert len(calls) == 3
+    torch.testing.assert_close(tails, expected[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(factors[0] @ factors[1], expected[1][0] @ expected[1][1])
+
+
+def test_squared_norm():
+    weight = torch.randn(64, 32, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert squared_norm(weight) == pytest.approx(float(weight.double().square().sum()), rel=1e-7)
