@@ -1,0 +1,229 @@
+"""Finding, listening, copying and replacing, on module trees of every awkward kind."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from nets import Net, images, weights
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowrank_pl.layers import spec_of
+from lowrank_pl.surgery import (
+    Recorder,
+    Trace,
+    clean_name,
+    detached_copy,
+    find_layers,
+    num_parameters,
+    obstacle,
+    record,
+    replace_layers,
+)
+
+
+class Twice(nn.Module):
+    """One convolution on two sizes, a linear layer on tokens, images folded into the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.tokens, self.folded = nn.Conv2d(3, 4, 3), nn.Linear(4, 5), nn.Conv2d(1, 2, 3, stride=2)
+
+    def forward(self, x):
+        y = self.conv(x).mean((2, 3)) + self.conv(input=x[:, :, ::2]).mean((2, 3))
+        tokens = self.tokens(self.conv(x).flatten(2).mT)
+        return y.sum(1) + tokens.sum((1, 2)) + self.folded(x.flatten(0, 1)[:, None]).sum((1, 2, 3)).view(-1, 3).sum(1)
+
+
+def macs(model, x):
+    trace = record(model, x)
+    return {name: spec_of(m).with_(inputs=trace.inputs(name)).macs for name, m in find_layers(model).items()}
+
+
+def counted(model, x):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(model).eval()(x)
+    return counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (Twice(), torch.randn(4, 3, 9, 8)),
+        (Net(), images(1)[0]),
+        (nn.Sequential(nn.Conv1d(3, 6, 3, groups=3), nn.ConvTranspose1d(6, 4, 5, stride=2)), torch.randn(2, 3, 11)),
+    ],
+    ids=["twice", "net", "conv1d"],
+)
+def test_macs_are_those_that_pytorch_counts(model, x):
+    assert sum(macs(model, x).values()) * len(x) == counted(model, x)
+
+
+def test_calls_are_per_input_of_the_network():
+    trace = record(Twice(), torch.randn(4, 3, 9, 8))
+    assert trace.batch == 4
+    assert sorted(trace.inputs("conv")) == [(1, 5, 8), (2, 9, 8)]
+    assert trace.inputs("tokens") == ((42,),)
+    assert trace.inputs("folded") == ((3, 9, 8),)
+    assert trace.inputs("nothing") == ()
+
+
+def test_find_layers():
+    shared = nn.Linear(3, 3)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.Conv2d(1, 1, 1)), "c": nn.BatchNorm1d(3)})
+    assert list(find_layers(model)) == ["a", "b.1"]
+    assert find_layers(model)["a"] is shared
+    compiled = nn.Sequential(torch.compile(Net()))
+    assert list(find_layers(compiled)) == [f"0.{name}" for name in find_layers(Net())]
+    assert clean_name("_orig_mod.net._orig_mod.fc1") == "net.fc1"
+
+
+class Own(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Renamed(nn.Linear):
+    pass
+
+
+def test_obstacles():
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    attention = nn.MultiheadAttention(4, 2)
+    parametrized = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)))
+    cases = [
+        (tied, tied[0], "tied"),
+        (attention, attention.out_proj, "attention reads its weight"),
+        (parametrized, parametrized[0], "parametrized"),
+        (nn.Sequential(Own(4, 4)), None, "a Own with a forward of its own"),
+        (nn.Sequential(nn.LazyLinear(4)), None, "lazy"),
+    ]
+    for model, layer, reason in cases:
+        assert reason in obstacle(model, layer if layer is not None else model[0])
+    plain = nn.Sequential(Renamed(4, 4), nn.Conv2d(1, 1, 1))
+    assert obstacle(plain, plain[0]) is None
+    assert obstacle(plain, plain[1]) is None
+
+
+def test_odd_calls_are_named():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.never = nn.ConvTranspose1d(2, 2, 3, stride=2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.up(x, output_size=[12])
+
+    trace = record(Odd(), torch.randn(1, 2, 5))
+    assert trace.odd == {"up": "called with more than one argument"}
+    assert trace.calls == {}
+
+
+def test_checkpointed_layers_are_counted_once():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.second(checkpoint(lambda y: torch.tanh(self.first(y)), x, use_reentrant=False))
+
+    model = Checkpointed()
+    recorder = Recorder(model)
+    model(torch.randn(5, 6, requires_grad=True)).sum().backward()
+    trace = recorder.stop()
+    assert trace.inputs("first") == trace.inputs("second") == ((1,),)
+
+
+def test_layers_that_swin_never_calls():
+    model = torchvision.models.swin_t(weights=None).eval()
+    trace = record(model, torch.randn(1, 3, 64, 64))
+    silent = [name for name in find_layers(model) if name not in trace.calls]
+    assert silent
+    assert all(name.endswith((".qkv", ".proj")) for name in silent)
+
+
+def test_a_compiled_model_is_heard_and_runs_compiled_again():
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(1)
+        return graph.forward
+
+    model = torch.compile(Net(), backend=backend)
+    x = images(1)[0]
+    recorder = Recorder(model)
+    model(x)
+    trace = recorder.stop()
+    assert list(trace.calls) == ["conv1", "conv2", "fc1", "fc2"]
+    assert not calls
+    model(x)
+    assert calls
+
+
+def test_batch_norm_is_noticed_only_right_behind():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.three = (nn.Conv2d(3, 3, 1) for _ in range(3))
+            self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(3))
+
+        def forward(self, x):
+            x = self.norms[0](self.one(x))
+            x = self.norms[1](F.relu(self.two(x)))
+            return self.norms[2](self.three(x) + 0.0)
+
+    assert record(Mixed(), torch.randn(2, 3, 4, 4)).normed == ["one"]
+
+
+def test_the_trace_survives_a_checkpoint(tmp_path):
+    trace = record(Twice(), torch.randn(4, 3, 9, 8))
+    torch.save(trace.state_dict(), tmp_path / "trace.pt")
+    again = Trace.from_state_dict(torch.load(tmp_path / "trace.pt", weights_only=True))
+    assert (again.calls, again.odd, again.batch, again.normed) == (trace.calls, trace.odd, trace.batch, trace.normed)
+    assert again.samples == {}
+    part = record(nn.Sequential(nn.Identity(), Twice()), torch.randn(4, 3, 9, 8)).under("1")
+    assert part.calls == trace.calls
+    assert set(part.samples) == {"conv", "tokens", "folded"}
+
+
+def test_recording_leaves_no_trace_behind():
+    model = Net(norm=True, dropout=0.5).train()
+    before, state = weights(model), torch.get_rng_state()
+    record(model, images(1)[0])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(RuntimeError):
+        record(model, torch.randn(2, 99, 3, 3))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_detached_copy():
+    model = Net()
+    model.trainer = trainer = object()
+    model.last = {"loss": (model.fc2.weight * 2).sum()}  # not a leaf: refuses a deep copy
+    clone = detached_copy(model, shared=(trainer,))
+    assert clone.trainer is trainer
+    assert torch.equal(clone.last["loss"], model.last["loss"].detach())
+    assert clone.last["loss"].grad_fn is None
+    assert clone.fc1.weight is not model.fc1.weight
+    unwrapped = detached_copy(nn.Sequential(torch.compile(Net())))
+    assert type(unwrapped[0]) is Net
+    assert type(detached_copy(torch.compile(Net()))) is Net
+
+
+def test_replace_layers():
+    shared, other = nn.Linear(3, 3), nn.Linear(3, 3)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.ReLU())})
+    assert replace_layers(model, {shared: other}) is model
+    assert model["a"] is other
+    assert model["b"][0] is other
+    assert replace_layers(shared, {shared: other}) is other
+    assert num_parameters(model) == 12
