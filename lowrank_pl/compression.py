@@ -85,7 +85,7 @@ class Compression:
     def note(self, rank: Rank) -> str:
         """What a user should know about this rank: why it is not the one asked for, or why the layer stays dense."""
         if not any(rank):
-            return ""
+            return "rank 0: its bias alone"
         if not self.is_cheaper(rank):
             decomposition, own = chosen(self.decomposition, rank)
             named = f"{describe(decomposition)} of rank {', '.join(map(str, own))}"

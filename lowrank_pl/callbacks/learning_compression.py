@@ -50,7 +50,8 @@ class LearningCompression(CompressionCallback):
 
     Logs, under `lowrank/`, at every C step: `mu`, `gap`, `penalty`, `cost` (`lambda C(r)`), `lambda`,
     `lagrangian_before` and `lagrangian_after` (without the training loss, which a C step does not change), and
-    `rank/LAYER`. A layer of rank 0 whose output goes into batch norm has no penalty while it has that rank.
+    `rank/LAYER`. A layer of rank 0 whose output goes into batch norm has no penalty while it has that rank;
+    `unpenalized` counts such layers.
     """
 
     def __init__(
@@ -220,6 +221,7 @@ class LearningCompression(CompressionCallback):
             "lambda": done.lambda_,
             "lagrangian_before": done.before,
             "lagrangian_after": done.after,
+            "unpenalized": len(self.state.free),
         }
         for c in plan.compressions:
             own = chosen(c.decomposition, self.state.ranks[c.name])[1]

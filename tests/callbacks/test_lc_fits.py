@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -25,10 +26,11 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, StepLR
 
-from lowrank_pl import CostBudget, ExtractStructure, LearningCompression, Targets
+from lowrank_pl import CostBudget, ExtractStructure, Latency, LearningCompression, Targets
 from lowrank_pl.layers import ConstantLayer
 
 TARGETS = ("conv2", "fc1")
+FIRST_TOO = Targets(skip_first=False)
 SHAPES = {"conv2": (12, 72), "fc1": (16, 48)}
 POSITIONS = {"conv2": 16, "fc1": 1}
 QUICK = {"mu0": 0.05, "growth": 1.5, "l_step_epochs": 1}
@@ -294,6 +296,15 @@ def test_a_budget(tmp_path):
     assert extract.report.compressed.macs > 0.45 * extract.report.dense.macs
 
 
+def test_rank_0_before_batch_norm_is_reported_and_free(tmp_path):
+    log = Log()
+    callback = LearningCompression(1e5, steps=2, mu0=1e-6, growth=1.1, l_step_epochs=1, targets=FIRST_TOO)
+    with pytest.warns(UserWarning, match="Every layer has rank 0"):
+        fit(tmp_path, callback, module=Module(Net(norm=True)), log=log)
+    assert callback.state.free == ("net.conv1",)
+    assert [row["lowrank/unpenalized"] for row in log.rows if "lowrank/mu" in row] == [1, 1]
+
+
 def test_rank_0_is_extracted_as_a_constant(tmp_path):
     callback = LearningCompression(1e5, steps=2, mu0=1e-6, growth=1.1, l_step_epochs=1)
     extract = ExtractStructure(submodule="net")
@@ -398,6 +409,9 @@ def frozen():
     return module
 
 
+CACHE = str(Path(__file__).parent / "latency_of_another_machine.json")
+
+
 def falling(layer):
     return 1e6 - layer.num_weights
 
@@ -411,6 +425,7 @@ def falling(layer):
         ({"cost": falling}, Module, "does not fall with the rank"),
         ({"lambda_": None, "budget": CostBudget("macs", 1e-3)}, Module, "cannot be reached"),
         ({"targets": Targets(include=["nothing"])}, Module, "nothing"),
+        ({"cost": Latency(cache=CACHE)}, Module, "measured for .*another machine.*but this is"),
     ],
 )
 def test_what_is_refused_before_the_first_step(tmp_path, arguments, module, message):
