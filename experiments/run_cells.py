@@ -41,8 +41,10 @@ def main() -> None:
             first, _, rest = words.partition(" ")
             overrides = f"{spec['groups'][first]} {rest}" if first in spec.get("groups", {}) else words
             command = f"{spec['command']} {overrides}".format(**places).split()
-            program = [sys.executable, "-c", "from lowrank_pl.cli import main; main()", "train"]
-            subprocess.run([*program, *command, f"hydra.run.dir={runs / name}"], check=True)
+            words = ["train", *command, f"hydra.run.dir={runs / name}"]
+            if (runs / name / "config.yaml").is_file():  # stopped before
+                words = ["resume", str(runs / name)]
+            subprocess.run([sys.executable, "-m", "lowrank_pl.cli", *words], check=True)
         if is_finished(runs / name):
             write(arguments.experiment, list(spec["cells"]), row(name, runs / name))
 

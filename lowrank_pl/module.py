@@ -55,14 +55,24 @@ class Classifier(LightningModule):
         self.train_images.update(len(labels))
         return loss
 
-    def on_train_start(self) -> None:
+    def on_train_epoch_start(self) -> None:  # not called where an epoch is taken up in its middle
         self.train_loss.reset()
         self.train_images.reset()
 
     def on_train_epoch_end(self) -> None:
-        if self.train_loss.update_called:
+        if self.train_images.compute():
             self.log("train/loss", self.train_loss.compute() / self.train_images.compute())
-        self.on_train_start()
+        self.on_train_epoch_start()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["train_sums"] = [self.train_loss.compute(), self.train_images.compute()]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]:
+            return  # of an epoch that has ended
+        for metric, value in zip((self.train_loss, self.train_images), checkpoint.get("train_sums", []), strict=False):
+            metric.reset()
+            metric.update(value)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate("val", batch)

@@ -20,7 +20,7 @@ OPTIONS = sorted(
 
 def composed(*overrides: str) -> DictConfig:
     with initialize_config_module("lowrank_pl.conf", version_base="1.3"):
-        return compose("train", [*overrides, "paths.run=/run", "paths.data=/data"])
+        return compose("train", [*overrides, "paths.data=/data"])
 
 
 @pytest.mark.parametrize("option", OPTIONS)

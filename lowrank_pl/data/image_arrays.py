@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lowrank_pl.data.image_set import ImageSet, as_images, channel_statistics, mean_image
+from lowrank_pl.data.loader import ResumableLoader
 from lowrank_pl.data.sampler import EpochSampler
 
 
@@ -126,7 +127,7 @@ def _split(size: int, val_fraction: float) -> tuple[Tensor, Tensor]:
 
 
 def _loader(images: ImageSet, sampler: EpochSampler) -> DataLoader:
-    return DataLoader(
+    return ResumableLoader(
         images,
         sampler=sampler,
         batch_size=None,

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 from pytorch_lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets, transforms
 
-from lowrank_pl.data.sampler import this_process
+from lowrank_pl.data.loader import ResumableLoader
+from lowrank_pl.data.sampler import ImageSampler
 
 
 class ImageFolder(LightningDataModule):
@@ -75,11 +76,10 @@ class ImageFolder(LightningDataModule):
         return self._loader(self._test, self.eval_batch_size, shuffle=False)
 
     def _loader(self, images: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
-        rank, world_size = this_process()
-        return DataLoader(
+        return ResumableLoader(
             images,
             batch_size,
-            sampler=DistributedSampler(images, world_size, rank, shuffle, self.seed),
+            sampler=ImageSampler(images, batch_size, shuffle, self.seed),
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,

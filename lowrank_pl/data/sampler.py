@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 
 class EpochSampler(DistributedSampler):
@@ -38,6 +38,7 @@ class EpochSampler(DistributedSampler):
             rank, world_size = this_process()
         super().__init__(range(size), world_size, rank, shuffle, seed)  # type: ignore[arg-type]
         self.size, self.batch_size = size, batch_size
+        self.first_batch = 0  # of the next epoch that is drawn: those before it have been served already
 
     def __len__(self) -> int:
         """Batches per epoch of this process."""
@@ -46,7 +47,7 @@ class EpochSampler(DistributedSampler):
     def __iter__(self) -> Iterator[Tensor]:
         # a generator, so that nothing is drawn before the first batch: Lightning makes a fit's first iterator
         # before it calls `set_epoch`
-        yield from self.indices().split(self.batch_size)
+        yield from self.indices().split(self.batch_size)[self.first_batch :]
 
     def indices(self) -> Tensor:
         """This process's share of the epoch: int64 [num_samples]."""
@@ -56,6 +57,18 @@ class EpochSampler(DistributedSampler):
             hashed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)
             order = torch.randperm(self.size, generator=torch.Generator().manual_seed(int(hashed[0])))
         return order[torch.arange(self.rank, self.total_size, self.num_replicas) % self.size]
+
+
+class ImageSampler(DistributedSampler):
+    """The images of one epoch, one index each, for a loader of `batch_size`; an epoch can be taken up in its middle."""
+
+    def __init__(self, images: Dataset, batch_size: int, shuffle: bool, seed: int) -> None:
+        rank, world_size = this_process()
+        super().__init__(images, world_size, rank, shuffle, seed)
+        self.batch_size, self.first_batch = batch_size, 0
+
+    def __iter__(self) -> Iterator[int]:
+        yield from list(super().__iter__())[self.first_batch * self.batch_size :]
 
 
 def this_process() -> tuple[int, int]:

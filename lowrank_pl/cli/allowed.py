@@ -1,0 +1,106 @@
+"""What a stored config may call. A config is a file from elsewhere, and `_target_` runs code."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from omegaconf import OmegaConf
+
+# Classes that these modules (and the modules in them) define themselves, and these very functions and classes.
+_MODULES = (
+    "lowrank_pl.costs", "lowrank_pl.data", "lowrank_pl.decompositions", "lowrank_pl.models", "lowrank_pl.ranks",
+    "lowrank_pl.runs.recipe", "lowrank_pl.targets", "torch.optim",
+)  # fmt: skip
+_EXACT = (
+    "lowrank_pl.callbacks.deeptwist.DeepTwist",
+    "lowrank_pl.callbacks.learning_compression.LearningCompression",
+    "lowrank_pl.compression.compress",
+    "lowrank_pl.models.torchvision_classifier.torchvision_classifier",
+    "lowrank_pl.schedules.constant",
+    "lowrank_pl.schedules.cosine",
+    "lowrank_pl.schedules.exponential",
+    "lowrank_pl.schedules.step_decay",
+    "pytorch_lightning.loggers.mlflow.MLFlowLogger",
+    "pytorch_lightning.loggers.tensorboard.TensorBoardLogger",
+    "pytorch_lightning.loggers.wandb.WandbLogger",
+    "pytorch_lightning.trainer.trainer.Trainer",
+)
+
+
+def check_targets(config: Any, allow: Iterable[str] = ()) -> None:
+    """Raise `ValueError` for a config whose `_target_`s are not on the list, to which `allow` adds names.
+
+    The object that is found counts, not the name it was found by: `pytorch_lightning.loggers.os.system` is `os.system`.
+    Nothing is imported but the packages on the list.
+    """
+    exact, modules = set(_EXACT), set(_MODULES)
+    for name in allow:
+        found = _find(name, {name.partition(".")[0]})
+        (modules if isinstance(found, ModuleType) else exact).add(_true_name(found))
+    roots = {name.partition(".")[0] for name in (*exact, *modules)}
+    for key, name in _targets(OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config):
+        _check(key, name, roots, exact, modules, bool(allow))
+
+
+def _check(key: str, name: Any, roots: set[str], exact: set[str], modules: set[str], extended: bool) -> None:
+    reason = "is not on the list of what a stored config may call"
+    try:
+        found = _find(name, roots)
+    except (ImportError, AttributeError, TypeError) as error:
+        found, reason = None, f"was not found ({error})"
+    true_name = _true_name(found)
+    own = inspect.isclass(found) and any(found.__module__ == m or found.__module__.startswith(f"{m}.") for m in modules)
+    if found is not None and (own or true_name in exact) and _at_home(found):
+        return
+    also = f", which is {true_name}," if found is not None and true_name != name else ""
+    raise ValueError(
+        f"`{key}`: {name!r}{also} {reason}. If you trust it, add --allow {name}"
+        + ("" if extended else "; nothing was run")
+    )
+
+
+def _find(name: Any, roots: set[str]) -> Any:
+    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+        raise TypeError(f"expected a dotted name, got {name!r}")
+    root, *parts = name.split(".")
+    if root not in roots:
+        raise ImportError(f"{root} is not among {', '.join(sorted(roots))}")
+    found: Any = import_module(root)
+    path = root
+    for part in parts:
+        path = f"{path}.{part}"
+        # what is not there yet may be a module of this package, never one that the package has merely imported
+        if not hasattr(found, part) and isinstance(found, ModuleType) and hasattr(found, "__path__"):
+            import_module(f"{found.__name__}.{part}")
+        found = getattr(found, part)
+    return found
+
+
+def _at_home(found: Any) -> bool:
+    """Whether it is what its own names say, not something that borrows them."""
+    home: Any = sys.modules.get(found.__module__)
+    for part in found.__qualname__.split("."):
+        home = getattr(home, part, None)
+    return home is found
+
+
+def _true_name(found: Any) -> str:
+    if isinstance(found, ModuleType):
+        return found.__name__
+    return f"{getattr(found, '__module__', '?')}.{getattr(found, '__qualname__', '?')}"
+
+
+def _targets(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, dict):
+        if "_target_" in values:
+            yield f"{prefix}_target_", values["_target_"]
+        for key, value in values.items():
+            yield from _targets(value, f"{prefix}{key}.")
+    elif isinstance(values, list):
+        for index, value in enumerate(values):
+            yield from _targets(value, f"{prefix}{index}.")

@@ -1,0 +1,58 @@
+"""From a configuration to what a run is made of."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from lowrank_pl.callbacks import LearningCompression
+from lowrank_pl.models import load_weights
+from lowrank_pl.runs import Recipe, Training, key_of
+
+
+def build(config: DictConfig, references: str | Path | None) -> Recipe:
+    """What the configuration describes, ready to run; `references` is where trained references are shared."""
+    make = partial(instantiate, _convert_="all")
+    pl.seed_everything(config.seed, verbose=False)
+    data = make(config.data)
+    data.setup()
+    net = make(config.model.net, input_shape=data.input_shape, num_classes=data.num_classes)
+    if config.model.weights is not None:
+        load_weights(net, config.model.weights)
+    compression = make(config.compression) or None
+    reference = _training(config.reference) if config.model.weights is None else None
+    if reference is not None and not (reference.always or isinstance(compression, (LearningCompression, partial))):
+        reference = None
+    return Recipe(
+        data,
+        net,
+        Training(make(config.optimizer), make(config.scheduler)),
+        make_trainer=make(config.trainer, _partial_=True),
+        make_logger=make(config.logger, _partial_=True) if config.logger else None,
+        compression=compression,
+        reference=reference,
+        finetune=_training(config.finetune),
+        references=None if references is None else Path(references).absolute(),
+        reference_key=_reference_key(config),
+        seed=config.seed,
+        channels_last=config.channels_last,
+        label_smoothing=config.label_smoothing,
+        report_train=config.report_train,
+        checkpoint_every=config.checkpoint_every,
+    )
+
+
+def _training(config: DictConfig) -> Training | None:
+    return instantiate(config, _convert_="all") or None
+
+
+def _reference_key(config: DictConfig) -> str:
+    """Of everything that a reference network depends on."""
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    parts = ("model", "data", "seed", "reference", "trainer", "channels_last", "label_smoothing")
+    return key_of([values[part] for part in parts])

@@ -1,0 +1,173 @@
+"""What happens in a run, stage by stage. A stage that is done is not done again."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from lowrank_pl.callbacks import CompressionCallback, ExtractStructure, LearningCompression
+from lowrank_pl.extraction import extracted_part
+from lowrank_pl.figures import draw_run
+from lowrank_pl.files import write_files
+from lowrank_pl.models import load_weights
+from lowrank_pl.report import summarize, terminal
+from lowrank_pl.runs.directory import Run, as_json, locked
+from lowrank_pl.runs.metrics_file import MetricsFile
+from lowrank_pl.runs.recipe import Recipe, Training
+from lowrank_pl.runs.resumable import Resumable, WholeFiles, newest_checkpoint
+from lowrank_pl.runs.stopping import Stop
+from lowrank_pl.storage import load_compressed, save_compressed
+
+
+def execute(run: Run, recipe: Recipe, stop: Stop | None = None) -> None:
+    """Train, compress, extract, fine-tune, test the networks, and write and show the report.
+
+    Goes on from the newest checkpoint in the run's directory, and from the stages that are done.
+    """
+    return _Execution(run, recipe, stop).execute()
+
+
+class _Execution:
+    def __init__(self, run: Run, recipe: Recipe, stop: Stop | None) -> None:
+        self.run, self.recipe, self.stop, self.directory = run, recipe, stop, run.directory
+        self.example = next(iter(recipe.data.test_dataloader()))[0][:32]
+        self.loggers: list[Any] = []
+
+    def execute(self) -> None:
+        tuned = self.recipe.finetune is not None and self.recipe.compression is not None
+        last = "extracted" if tuned else "compressed"
+        if not self.run.is_done("fit"):
+            shutil.rmtree(self.directory / "finetune", ignore_errors=True)  # of another network
+            dense, compressed = self.train()
+            write_files({self.directory / "dense.safetensors": _weights(dense)})
+            save_compressed(compressed, self.directory / last)
+            self.mark_done("fit")
+        compressed = load_compressed(self.recipe.net, self.directory / last)
+        if tuned and not self.run.is_done("finetune"):
+            assert self.recipe.finetune is not None
+            write_files({self.directory / "extracted" / "test.json": as_json(self.test(compressed))})
+            classifier = self.recipe.classifier(compressed, self.recipe.finetune)
+            self.fit(self.directory / "finetune", classifier, [], _epochs(self.recipe.finetune))
+            save_compressed(compressed, self.directory / "compressed")
+            self.mark_done("finetune")
+        self.report()
+
+    def mark_done(self, stage: str) -> None:
+        self.run.mark_done(stage)
+        if self.stop is not None:
+            self.stop.check()
+
+    def train(self) -> tuple[nn.Module, nn.Module]:
+        """The dense network to compare with, and the compressed one, before fine-tuning."""
+        net, compression = copy.deepcopy(self.recipe.net), self.recipe.compression
+        if self.recipe.reference is not None:
+            load_weights(net, self.reference(self.recipe.reference))
+        dense, module = copy.deepcopy(net), self.recipe.classifier(net, self.recipe.training)
+        if isinstance(compression, CompressionCallback):
+            extraction = ExtractStructure(submodule="net")
+            length = compression.length if isinstance(compression, LearningCompression) else {}
+            self.fit(self.directory, module, [compression, extraction], length)
+            if not isinstance(compression, LearningCompression):  # whose dense network is the reference
+                with compression.training_weights():
+                    dense = copy.deepcopy(module.net)
+            assert extraction.extracted is not None
+            return dense, extraction.extracted
+        if compression is not None:
+            module = compression(module, example_input=self.example)
+        self.fit(self.directory, module, [], {})
+        compressed = extracted_part(module, "net")
+        return (module.net if compression is None else dense), compressed
+
+    def reference(self, training: Training) -> Path:
+        """The reference's weights, in the run's directory: trained here, or by another run of the same sweep."""
+        own, references = self.directory / "reference.safetensors", self.recipe.references
+        shared = own if references is None else references / f"{self.recipe.reference_key}.safetensors"
+        if own.is_file():
+            return own
+        with locked(shared.with_suffix(".lock"), self.stop):  # others wait for it
+            if not shared.is_file():
+                module = self.recipe.classifier(copy.deepcopy(self.recipe.net), training)
+                self.fit(self.directory / "reference", module, [], _epochs(training))
+                write_files({shared: _weights(module.net)})
+        if shared != own:
+            write_files({own: shared.read_bytes()})
+        return own
+
+    def fit(
+        self, directory: Path, module: pl.LightningModule, callbacks: list[pl.Callback], length: dict[str, int]
+    ) -> None:
+        """Train, with checkpoints and metrics in this directory; each stage draws its random numbers from the start."""
+        pl.seed_everything(self.recipe.seed, verbose=False)
+        checkpoints = directory / "checkpoints"
+        resumable = Resumable(checkpoints, self.stop, self.recipe.checkpoint_every)
+        self.loggers = [MetricsFile(directory)]
+        if self.recipe.make_logger is not None:
+            self.loggers.append(self.recipe.make_logger(save_dir=str(directory)))
+        trainer = self.recipe.make_trainer(
+            callbacks=[*([] if self.stop is None else [self.stop]), *callbacks, resumable],
+            logger=self.loggers,
+            plugins=[WholeFiles()],
+            default_root_dir=str(directory),
+            **length,
+        )
+        trainer.fit(module, self.recipe.data, ckpt_path=newest_checkpoint(checkpoints))
+        if self.stop is not None:
+            self.stop.check()
+
+    def test(self, net: nn.Module) -> dict[str, float]:
+        """Accuracy on the test images, and if asked for accuracy and loss on the training images."""
+        callbacks = [] if self.stop is None else [self.stop]
+        tester = self.recipe.make_trainer(callbacks=callbacks, logger=False, enable_progress_bar=False)
+        module, data = self.recipe.classifier(net, self.recipe.training), self.recipe.data
+        values = {"accuracy": float(tester.test(module, data, verbose=False)[0]["test/accuracy"])}
+        if self.recipe.report_train:
+            (train,) = tester.test(module, data.train_eval_dataloader(), verbose=False)  # type: ignore[attr-defined]
+            values |= {"train_accuracy": train["test/accuracy"], "train_loss": train["test/loss"]}
+        if self.stop is not None:
+            self.stop.check()
+        return values
+
+    def report(self) -> None:
+        """Test both networks, and write and show what came out."""
+        dense = copy.deepcopy(self.recipe.net)
+        load_weights(dense, self.directory / "dense.safetensors")
+        compressed = load_compressed(self.recipe.net, self.directory / "compressed")
+        tested = {"dense": self.test(dense), "compressed": self.test(compressed)}
+        pair = (tested["dense"]["accuracy"], tested["compressed"]["accuracy"])
+        # as they were trained and will be deployed
+        memory = {"memory_format": torch.channels_last if self.recipe.channels_last else torch.contiguous_format}
+        example = self.example.contiguous(**memory)
+        report = summarize(dense.cpu().to(**memory), compressed.cpu().to(**memory), example)
+        values = report.to_dict()
+        for network, results in tested.items():
+            values[network] = {**results, **values[network]}
+        write_files({
+            self.directory / "report.json": as_json(values),
+            self.directory / "report.md": report.to_markdown(accuracy=pair).encode(),
+        })  # fmt: skip
+        draw_run(self.directory / "metrics.csv", self.directory / "figure.png")
+        console = terminal()
+        console.print(report.to_table(accuracy=pair))
+        console.print(f"Everything is in {self.directory}", highlight=False, soft_wrap=True)
+
+
+def _epochs(training: Training) -> dict[str, int]:
+    return {} if training.epochs is None else {"max_epochs": training.epochs, "max_steps": -1}
+
+
+def _weights(net: nn.Module) -> bytes:
+    return save({name: tensor.detach().contiguous().cpu() for name, tensor in net.state_dict().items()})
+
+
+def key_of(values: Any) -> str:
+    """A short name for plain values: the same for equal ones."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
