@@ -79,6 +79,16 @@ def mirrors(key: str, linked: dict[str, str]) -> list[str]:
     ]
 
 
+def mirrored(words: list[str], linked: dict[str, str]) -> list[str]:
+    """A command line on which values that stand in several places are given for all of them."""
+    more = []
+    for word in words if linked else ():
+        key, sign, value = word.partition("=")
+        if sign and not key.startswith("-"):
+            more += [f"{copy}={value}" for copy in mirrors(key, linked)]
+    return [*words, *more]
+
+
 def protected(changed: dict[str, Any]) -> list[str]:
     """Those of the changed keys that make it another run."""
     return [key for key in changed if any(key == part or key.startswith(f"{part}.") for part in _PROTECTED)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -9,20 +11,36 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.build import build
-from lowrank_pl.cli.configs import links, resolved, stored
+from lowrank_pl.cli.configs import links, mirrored, resolved, stored
+from lowrank_pl.cli.foreign import check_foreign, take_options
 from lowrank_pl.cli.session import session
 from lowrank_pl.runs import Run, execute
 
 
-@hydra.main(config_path="pkg://lowrank_pl.conf", config_name="train", version_base="1.3")
-def main(config: DictConfig) -> None:
+def main() -> None:
     """Build what the configuration names and run it."""
+    allow, trusted = take_options(sys.argv)
+    checked, linked = None, {}
+    if not trusted:
+        try:
+            checked, linked = check_foreign(sys.argv)
+        except ValueError as error:
+            sys.exit(f"lowrank-pl train: {error}")
+    sys.argv[1:] = mirrored(sys.argv[1:], linked)
+    task = partial(_run, allow=allow if checked else None, linked=linked)
+    hydra.main(config_path="pkg://lowrank_pl.conf", config_name="train", version_base="1.3")(task)()
+
+
+def _run(config: DictConfig, allow: list[str] | None, linked: dict[str, str]) -> None:
     job, complete = HydraConfig.get(), resolved(config)
+    if allow is not None:
+        check_targets(complete, allow)
     with session() as stop:
-        run = Run.start(
-            job.runtime.output_dir, stored(complete), list(job.overrides.task), complete.seed, links(config)
-        )
+        overrides = list(job.overrides.task)
+        text = stored(complete)
+        run = Run.start(job.runtime.output_dir, text, overrides, complete.seed, {**linked, **links(config)})
         in_sweep = Path(job.sweep.dir) / "references" if job.mode == RunMode.MULTIRUN else None
         with run.recorded():
             execute(run, build(complete, complete.paths.references or in_sweep), stop)
