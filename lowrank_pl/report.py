@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -20,6 +19,7 @@ from lowrank_pl.extraction import RECORD
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import TiledLayer, spec_of
 from lowrank_pl.surgery import Trace, find_layers, num_parameters, record, run
+from lowrank_pl.terminal import terminal
 from lowrank_pl.timing import median_ms
 
 BATCHES = (1, 32)
@@ -171,11 +171,6 @@ def print_plan(rows: Sequence[Row], console: Console | None = None) -> None:
     table.add_section()
     table.add_row("all", "", "", f"{weights:,}", f"{to:,}", f"{weights / max(to, 1):.2f}x", "biases and norms apart")
     (console or terminal()).print(table)
-
-
-def terminal() -> Console:
-    """Standard output; 100 columns wide where that is no terminal."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100)
 
 
 def _layer_sizes(

@@ -10,14 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lowrank_pl"
 LEVELS = [
-    {"linalg", "layer_spec", "timing", "files"},
+    {"linalg", "layer_spec", "timing", "files", "run_files", "terminal"},
     {"layers"},
     {"decompositions", "choices"},
     {"costs"},
     {"ranks"},
     {"surgery", "targets", "compression"},
     {"methods", "extraction", "storage", "report"},
-    {"callbacks", "models", "data", "module", "schedules", "figures", "runs", "benchmarks"},
+    {"callbacks", "models", "data", "module", "schedules", "figures", "runs", "benchmarks", "overview", "sweep"},
     {"cli"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -6,6 +6,8 @@ from importlib import import_module
 _COMMANDS = {
     "train": "train a network, compress it, extract and test it: a run directory with everything",
     "resume": "go on with a run that was stopped, or train it longer",
+    "sweep": "run a grid of runs, and go on with it",
+    "report": "gather runs into one table and one page",
     "bench": "measure what the callback, the projections and the command line cost on this machine",
 }
 _USAGE = """\

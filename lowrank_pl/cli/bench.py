@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from lowrank_pl import benchmarks
-from lowrank_pl.report import terminal
+from lowrank_pl.terminal import terminal
 
 
 def main() -> None:

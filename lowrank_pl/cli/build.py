@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lowrank_pl.callbacks import LearningCompression
 from lowrank_pl.models import load_weights
-from lowrank_pl.runs import Recipe, Training, key_of
+from lowrank_pl.run_files import key_of
+from lowrank_pl.runs import Recipe, Training
 
 
 def build(config: DictConfig, references: str | Path | None) -> Recipe:

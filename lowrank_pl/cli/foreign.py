@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from lowrank_pl.cli.configs import read_stored
-from lowrank_pl.runs import read_facts
+from lowrank_pl.run_files import read_facts
 
 
 def take_options(words: list[str]) -> tuple[list[str], bool]:

@@ -14,8 +14,8 @@ from lowrank_pl.cli.configs import change, protected, read_stored, stored
 from lowrank_pl.cli.reach import out_of_reach
 from lowrank_pl.cli.session import session
 from lowrank_pl.files import write_files
-from lowrank_pl.report import terminal
 from lowrank_pl.runs import Run, execute
+from lowrank_pl.terminal import terminal
 
 _DESCRIPTION = """\
 Go on with a run that was stopped, in its directory, from its newest checkpoint, as if it had not been stopped.

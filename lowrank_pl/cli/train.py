@@ -22,7 +22,8 @@ from lowrank_pl.runs import Run, execute
 def main() -> None:
     """Build what the configuration names and run it."""
     allow, trusted = take_options(sys.argv)
-    checked, linked = None, {}
+    checked = False
+    linked: dict[str, str] = {}
     if not trusted:
         try:
             checked, linked = check_foreign(sys.argv)

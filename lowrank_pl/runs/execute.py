@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,15 @@ from lowrank_pl.extraction import extracted_part
 from lowrank_pl.figures import draw_run
 from lowrank_pl.files import write_files
 from lowrank_pl.models import load_weights
-from lowrank_pl.report import summarize, terminal
-from lowrank_pl.runs.directory import Run, as_json, locked
+from lowrank_pl.report import summarize
+from lowrank_pl.run_files import as_json, locked
+from lowrank_pl.runs.directory import Run
 from lowrank_pl.runs.metrics_file import MetricsFile
 from lowrank_pl.runs.recipe import Recipe, Training
 from lowrank_pl.runs.resumable import Resumable, WholeFiles, newest_checkpoint
 from lowrank_pl.runs.stopping import Stop
 from lowrank_pl.storage import load_compressed, save_compressed
+from lowrank_pl.terminal import terminal
 
 
 def execute(run: Run, recipe: Recipe, stop: Stop | None = None) -> None:
@@ -63,6 +63,10 @@ class _Execution:
 
     def mark_done(self, stage: str) -> None:
         self.run.mark_done(stage)
+        self.check()
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal has come."""
         if self.stop is not None:
             self.stop.check()
 
@@ -93,7 +97,7 @@ class _Execution:
         shared = own if references is None else references / f"{self.recipe.reference_key}.safetensors"
         if own.is_file():
             return own
-        with locked(shared.with_suffix(".lock"), self.stop):  # others wait for it
+        with locked(shared.with_suffix(".lock"), self.check):  # others wait for it
             if not shared.is_file():
                 module = self.recipe.classifier(copy.deepcopy(self.recipe.net), training)
                 self.fit(self.directory / "reference", module, [], _epochs(training))
@@ -120,8 +124,7 @@ class _Execution:
             **length,
         )
         trainer.fit(module, self.recipe.data, ckpt_path=newest_checkpoint(checkpoints))
-        if self.stop is not None:
-            self.stop.check()
+        self.check()
 
     def test(self, net: nn.Module) -> dict[str, float]:
         """Accuracy on the test images, and if asked for accuracy and loss on the training images."""
@@ -132,8 +135,7 @@ class _Execution:
         if self.recipe.report_train:
             (train,) = tester.test(module, data.train_eval_dataloader(), verbose=False)  # type: ignore[attr-defined]
             values |= {"train_accuracy": train["test/accuracy"], "train_loss": train["test/loss"]}
-        if self.stop is not None:
-            self.stop.check()
+        self.check()
         return values
 
     def report(self) -> None:
@@ -166,8 +168,3 @@ def _epochs(training: Training) -> dict[str, int]:
 
 def _weights(net: nn.Module) -> bytes:
     return save({name: tensor.detach().contiguous().cpu() for name, tensor in net.state_dict().items()})
-
-
-def key_of(values: Any) -> str:
-    """A short name for plain values: the same for equal ones."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -61,12 +61,9 @@ def resume(folder: Path, *words: str) -> int:
 
 def test_values_are_changed_shown_and_logged(run: Path, tmp_path: Path) -> None:
     assert resume(tmp_path, "trainer.max_epochs=6", "rank.x=4", "optimizer.lr=0.2") == 0, output(tmp_path)
-    assert "trainer.max_epochs: 200 -> 6  (the schedule goes on as if it had been so from the start)" in output(
-        tmp_path
-    )
-    assert "optimizer.lr: 0.1 -> 0.2  (has no effect: the optimizer's settings are in the checkpoint)" in output(
-        tmp_path
-    )
+    shown = output(tmp_path)
+    assert "trainer.max_epochs: 200 -> 6  (the schedule goes on as if it had been so from the start)" in shown
+    assert "optimizer.lr: 0.1 -> 0.2  (has no effect: the optimizer's settings are in the checkpoint)" in shown
     assert "compression.rank.x: 3.0 -> 4" in shown  # which repeats rank.x
     assert epochs(run) == 6
     config = OmegaConf.load(run / "config.yaml")
@@ -193,6 +190,9 @@ def test_its_config_starts_afresh_elsewhere(run: Path, tmp_path: Path) -> None:
     assert facts(run)["status"] == "interrupted"
 
 
+HIDDEN = "pytorch_lightning.callbacks.model_checkpoint.os.system"
+
+
 class Payload:
     def __reduce__(self) -> tuple:
         return os.system, ("touch executed",)
@@ -228,7 +228,7 @@ def text(name: str, content: str):
         (config_with(model__net={"_target_": "os.system", "command": "touch executed"}), "os is not among"),
         (config_with(model__net={"_target_": "torch.hub.load", "repo_or_dir": "a/b"}), "torch.hub.load"),
         (config_with(model__net={"_target_": "torch.load", "f": "x"}), "torch.serialization.load"),
-        (config_with(model__net={"_target_": "pytorch_lightning.callbacks.model_checkpoint.os.system"}), "posix.system"),
+        (config_with(model__net={"_target_": HIDDEN}), f"{HIDDEN}', which is posix.system"),
         (config_with(model__net={"_target_": "lowrank_pl.runs.directory.time.sleep"}), "not on the list"),
         (config_with(model__net={"_target_": "lowrank_pl.files.write_files"}), "not on the list"),
         (config_with(model__net={"_target_": "lowrank_pl.ExtractStructure", "dirpath": "/x"}), "not on the list"),

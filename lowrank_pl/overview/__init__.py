@@ -1,0 +1,7 @@
+"""Many runs in one table and one page. Imports neither PyTorch nor Hydra."""
+
+from lowrank_pl.overview.entry import Entry, gather
+from lowrank_pl.overview.page import page
+from lowrank_pl.overview.tables import overview_table, to_csv, to_markdown
+
+__all__ = ["Entry", "gather", "overview_table", "page", "to_csv", "to_markdown"]

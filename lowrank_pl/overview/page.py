@@ -1,0 +1,122 @@
+"""The runs as one HTML page that needs nothing but a browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from base64 import b64encode
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+from zlib import compress
+
+from lowrank_pl.overview.entry import Entry, front
+from lowrank_pl.overview.tables import CAPTION, rows
+
+_QUANTITIES = ("error", "macs", "params", "latency_1", "latency_32")
+_CURVES = {
+    "lowrank/loss_before": "before", "lowrank/loss_after": "after", "lowrank/delta_w": "delta_w", "lowrank/gap": "gap",
+    "lowrank/mu": "mu", "val/accuracy": "val", "train/loss": "loss",
+}  # fmt: skip
+_RANK = "lowrank/rank/"
+
+
+def page(entries: Sequence[Entry]) -> str:
+    """Self-contained: data, style and script are in it. Whatever the runs say is shown as text, never as markup."""
+    data = {"runs": [_run(entry) for entry in entries], "published": _published({entry.group for entry in entries})}
+    # deflated, so that hundreds of runs stay a small page; no letter of it can end the script element
+    packed = b64encode(compress(json.dumps(data, separators=(",", ":")).encode(), 9)).decode()
+    parts = files("lowrank_pl.overview")
+    html = parts.joinpath("page.html").read_text("utf-8")
+    for place, text in (
+        ("STYLE", parts.joinpath("page.css").read_text("utf-8")),
+        ("SCRIPT", parts.joinpath("page.js").read_text("utf-8")),
+        ("TABLE", _table(entries)),
+        ("CAPTION", escape(CAPTION)),
+        ("DATA", packed),
+    ):
+        html = html.replace(f"<!-- {place} -->", text)
+    return html
+
+
+def _table(entries: Sequence[Entry]) -> str:
+    lines, group, best = [], None, front(entries)
+    for position, (entry, row) in enumerate(zip(entries, rows(entries), strict=True)):
+        if entry.group != group:
+            group = entry.group
+            lines.append(f'<tr class="group" data-group="{escape(group)}"><th colspan="10">{escape(group)}</th></tr>')
+        name, *cells = (escape(cell) for cell in row)
+        marked = ' class="best"' if position in best else ""
+        lines.append(
+            f'<tr{marked} data-run="{position}" data-group="{escape(group)}"><td><a href="#run{position}">{name}</a></td>'
+            + "".join(f"<td>{cell}</td>" for cell in cells)
+            + "</tr>"
+        )
+    return "\n".join(lines)
+
+
+def _run(entry: Entry) -> dict[str, Any]:
+    """What the page shows of a run, in plain values."""
+    values = {
+        network: {q: _round(entry.value(network, q), 6) for q in _QUANTITIES} for network in ("dense", "compressed")
+    }
+    curves = {short: _points(entry.curves[name]) for name, short in _CURVES.items() if name in entry.curves}
+    ranks = {
+        name.removeprefix(_RANK): _points(points) for name, points in entry.curves.items() if name.startswith(_RANK)
+    }
+    layers = entry.report.get("layers")
+    return {
+        "name": entry.name,
+        "group": entry.group,
+        "method": entry.method,
+        "status": entry.problem or entry.status,
+        "command": entry.command,
+        "directory": str(entry.directory),
+        "config": entry.text[:20_000],
+        **values,
+        "curves": curves,
+        "ranks": ranks,
+        "layers": [_layer(layer) for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else [],
+    }
+
+
+def _layer(layer: dict[str, Any]) -> dict[str, Any]:
+    def number(network: str, quantity: str) -> float | None:
+        part = layer.get(network)
+        value = part.get(quantity) if isinstance(part, dict) else None
+        return value if isinstance(value, (int, float)) else None
+
+    spectrum = layer.get("spectrum")
+    return {
+        "name": str(layer.get("name")),
+        "structure": str(layer.get("structure")),
+        "note": str(layer.get("note") or ""),
+        "macs": [number("dense", "macs"), number("compressed", "macs")],
+        "params": [number("dense", "params"), number("compressed", "params")],
+        "spectrum": spectrum if isinstance(spectrum, dict) else None,
+    }
+
+
+def _published(groups: set[str]) -> list[dict[str, Any]]:
+    """The papers' points for the networks and data sets at hand."""
+    names = {group.casefold(): group for group in groups}
+    with files("lowrank_pl.overview").joinpath("published.csv").open(encoding="utf-8") as lines:
+        return [
+            {
+                "group": names[row["group"].casefold()],
+                "label": f"{row['label']} ({row['source']})",
+                **{q: float(row[q]) if row[q] else None for q in ("macs", "params", "error")},
+            }
+            for row in csv.DictReader(lines)
+            if row["group"].casefold() in names
+        ]
+
+
+def _points(points: list[list[float]]) -> list[list[float]]:
+    return [[int(step), _round(value, 4)] for step, value in points]  # type: ignore[misc]
+
+
+def _round(value: float | None, digits: int) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")

@@ -1,0 +1,99 @@
+"""The runs as a table: for a terminal, as CSV, as markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from lowrank_pl.overview.entry import Entry, front
+
+_COLUMNS = ("run", "method", "error %", "change", "MACs", "", "params", "", "ms", "")
+_CSV = (
+    "run", "group", "method", "status", "pareto", "error", "dense_error", "macs", "dense_macs", "params", "dense_params",
+    "latency_1_ms", "dense_latency_1_ms", "latency_32_ms", "dense_latency_32_ms", "command", "directory",
+)  # fmt: skip
+CAPTION = (
+    "Test error and its change from the dense network in points; cost of the compressed network and how many times "
+    "less than the dense one; ms: one batch of 32 on the machine of the run. *: no other run of the group has both "
+    "less error and fewer MACs."
+)
+
+
+def rows(entries: Sequence[Entry]) -> list[list[str]]:
+    """A row for each run, in `entries`' order."""
+    best = front(entries)
+    lines = []
+    for position, entry in enumerate(entries):
+        error, dense = entry.value("compressed", "error"), entry.value("dense", "error")
+        line = [entry.name, entry.method]
+        if error is None or dense is None:
+            lines.append([*line, entry.problem or entry.status, *[""] * 7])
+            continue
+        line += [f"{error:.2f}{'*' if position in best else ' '}", f"{error - dense:+.2f}"]
+        for quantity in ("macs", "params", "latency_32"):
+            own, other = entry.value("compressed", quantity), entry.value("dense", quantity)
+            line.append("" if own is None else f"{own:.3g}" if quantity == "latency_32" else count(own))
+            line.append("" if not own or other is None else f"{other / own:.2f}x")
+        lines.append(line)
+    return lines
+
+
+def overview_table(entries: Sequence[Entry]) -> Table:
+    """For a terminal, a section for each network and data set."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=CAPTION, caption_justify="left")
+    for position, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="right" if position > 1 else "left", overflow="fold", no_wrap=position > 2)
+    group = None
+    for entry, row in zip(entries, rows(entries), strict=True):
+        if entry.group != group:
+            if group is not None:
+                table.add_section()
+            group = entry.group
+            table.add_row(f"[bold]{escape(group)}[/bold]")
+        table.add_row(*map(escape, row))
+    return table
+
+
+def to_markdown(entries: Sequence[Entry]) -> str:
+    """The same table for a page or a pull request."""
+    lines = []
+    for group in dict.fromkeys(entry.group for entry in entries):
+        lines += [f"### {_plain(group)}", "", f"| {' | '.join(_COLUMNS)} |", "|---|---|" + "---:|" * 8]
+        for entry, row in zip(entries, rows(entries), strict=True):
+            if entry.group == group:
+                lines.append(f"| {' | '.join(map(_plain, row))} |")
+        lines.append("")
+    return "\n".join([*lines, f"{CAPTION}", ""])
+
+
+def to_csv(entries: Sequence[Entry]) -> str:
+    """All numbers in full."""
+    best, text = front(entries), io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_CSV)
+    for position, entry in enumerate(entries):
+        pairs = [
+            entry.value(network, quantity)
+            for quantity in ("error", "macs", "params", "latency_1", "latency_32")
+            for network in ("compressed", "dense")
+        ]
+        words = [entry.name, entry.group, entry.method, entry.problem or entry.status, int(position in best)]
+        writer.writerow([*words, *("" if v is None else v for v in pairs), entry.command, entry.directory])
+    return text.getvalue()
+
+
+def count(number: float) -> str:
+    """A count in thousands or millions."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:g}"
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

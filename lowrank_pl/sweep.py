@@ -1,0 +1,148 @@
+"""Many runs in one folder, each in a process of its own; what is done is not done again."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lowrank_pl.files import write_files
+from lowrank_pl.run_files import as_json, is_running, locked, read_facts
+
+Job = list[str]  # overrides
+
+
+@dataclass
+class Sweep:
+    """A folder with `sweep.json`, which names the jobs, a run directory for each, and the `references` they share."""
+
+    directory: Path
+    jobs: dict[str, Job]
+    _running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict, repr=False)
+    _signal: int | None = field(default=None, repr=False)
+
+    @classmethod
+    def open(cls, directory: str | Path, jobs: Sequence[Job], extend: bool = False) -> Sweep:
+        """Write the manifest, or find the jobs in the one that is there. Raises `ValueError` for another grid, unless
+        `extend` adds what is missing."""
+        path = Path(directory).absolute()
+        manifest = path / "sweep.json"
+        known = _read(manifest) if manifest.is_file() else {}
+        missing = [job for job in jobs if job not in known.values()]
+        if known and not extend and (missing or len(jobs) != len(known)):
+            raise ValueError(
+                f"{path} holds another grid, of {len(known)} jobs: {len(missing)} of these {len(jobs)} are not among them. "
+                "Add --extend to add them, or choose another --dir"
+            )
+        for job in missing:
+            known[str(len(known))] = list(job)
+        path.mkdir(parents=True, exist_ok=True)
+        if missing:
+            write_files({manifest: as_json({"jobs": known})})
+        return cls(path, known)
+
+    def status(self, name: str) -> str:
+        """`finished`, `running` (in some process), `missing`, or how the run was left."""
+        facts = read_facts(self.directory / name)
+        if is_running(self.directory / name):
+            return "running"
+        if facts is None:
+            return "missing"
+        return "stopped" if facts["status"] == "running" else facts["status"]
+
+    def run(self, at_once: int, options: Sequence[str], say: Callable[[str], None]) -> int:
+        """Run or resume what is not finished, so many jobs at a time. Returns an exit code: 0 if all are finished.
+
+        `options` go to every `lowrank-pl train`. On SIGINT or SIGTERM the jobs save and end; a second one kills them.
+        """
+        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with locked(self.directory / ".lock"):
+                self._run(at_once, list(options), say)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self._signal is not None:
+            return 128 + self._signal
+        return int(any(self.status(name) != "finished" for name in self.jobs))
+
+    def _run(self, at_once: int, options: list[str], say: Callable[[str], None]) -> None:
+        waiting = [name for name in self.jobs if self.status(name) not in ("finished", "running")]
+        for name in self.jobs:
+            if name not in waiting:
+                say(f"{self._title(name)}: {self.status(name)}")
+        threads = max(1, (os.cpu_count() or 1) // at_once)
+        while self._running or (waiting and self._signal is None):
+            while waiting and len(self._running) < at_once and self._signal is None:
+                name = waiting.pop(0)
+                say(f"{self._title(name)}: {'starts' if self.status(name) == 'missing' else 'resumes'}")
+                self._running[name] = self._start(name, options, threads)
+            for name, process in list(self._running.items()):
+                if process.poll() is not None:
+                    del self._running[name]
+                    status = self.status(name)
+                    failed = f", exit code {process.returncode}: see {self.directory / name / 'output.log'}"
+                    say(f"{self._title(name)}: {status}{'' if status == 'finished' else failed}")
+            time.sleep(0.1)
+
+    def _start(self, name: str, options: list[str], threads: int) -> subprocess.Popen[bytes]:
+        directory = self.directory / name
+        directory.mkdir(exist_ok=True)
+        if (directory / "config.yaml").is_file():
+            words = ["resume", str(directory), *[o for o in options if o not in ("--trust",) and "--config" not in o]]
+        else:
+            places = {"hydra.run.dir": directory, "paths.references": self.directory / "references"}
+            words = ["train", *options, *self.jobs[name], *(f"{key}={quoted(place)}" for key, place in places.items())]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        with open(directory / "output.log", "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "lowrank_pl.cli", *words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches them from here, once
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        for process in self._running.values():
+            process.send_signal(signal.SIGTERM if self._signal is None else signal.SIGKILL)
+        self._signal = number
+
+    def _title(self, name: str) -> str:
+        return f"[{int(name) + 1}/{len(self.jobs)}] {' '.join(self.jobs[name])}"
+
+
+def quoted(value: Any) -> str:
+    """A value that Hydra's grammar takes as it is."""
+    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
+
+
+def _read(manifest: Path) -> dict[str, Job]:
+    try:
+        jobs = json.loads(manifest.read_text())["jobs"]
+        good = all(
+            name == str(number) and isinstance(job, list) and all(isinstance(word, str) for word in job)
+            for number, (name, job) in enumerate(jobs.items())
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        good = False
+    if not good:
+        raise ValueError(f"{manifest}: expected jobs named 0, 1, ... with a list of overrides each")
+    return jobs
+
+
+def _end_with_parent() -> None:
+    """Also when it is killed, a job saves and ends with its sweep (Linux: PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
