@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,8 +41,8 @@ class Sweep:
         missing = [job for job in jobs if job not in known.values()]
         if known and not extend and (missing or len(jobs) != len(known)):
             raise ValueError(
-                f"{path} holds another grid, of {len(known)} jobs: {len(missing)} of these {len(jobs)} are not among them. "
-                "Add --extend to add them, or choose another --dir"
+                f"{path} holds another grid, of {len(known)} jobs: {len(missing)} of these {len(jobs)} are not "
+                "among them. Add --extend to add them, or choose another --dir"
             )
         for job in missing:
             known[str(len(known))] = list(job)
@@ -79,19 +80,19 @@ class Sweep:
         waiting = [name for name in self.jobs if self.status(name) not in ("finished", "running")]
         for name in self.jobs:
             if name not in waiting:
-                say(f"{self._title(name)}: {self.status(name)}")
+                say(f"{self.title(name)}: {self.status(name)}")
         threads = max(1, (os.cpu_count() or 1) // at_once)
         while self._running or (waiting and self._signal is None):
             while waiting and len(self._running) < at_once and self._signal is None:
                 name = waiting.pop(0)
-                say(f"{self._title(name)}: {'starts' if self.status(name) == 'missing' else 'resumes'}")
+                say(f"{self.title(name)}: {'starts' if self.status(name) == 'missing' else 'resumes'}")
                 self._running[name] = self._start(name, options, threads)
             for name, process in list(self._running.items()):
                 if process.poll() is not None:
                     del self._running[name]
                     status = self.status(name)
                     failed = f", exit code {process.returncode}: see {self.directory / name / 'output.log'}"
-                    say(f"{self._title(name)}: {status}{'' if status == 'finished' else failed}")
+                    say(f"{self.title(name)}: {status}{'' if status == 'finished' else failed}")
             time.sleep(0.1)
 
     def _start(self, name: str, options: list[str], threads: int) -> subprocess.Popen[bytes]:
@@ -119,13 +120,15 @@ class Sweep:
             process.send_signal(signal.SIGTERM if self._signal is None else signal.SIGKILL)
         self._signal = number
 
-    def _title(self, name: str) -> str:
-        return f"[{int(name) + 1}/{len(self.jobs)}] {' '.join(self.jobs[name])}"
+    def title(self, name: str) -> str:
+        """The job's number, and what sets it apart from the others."""
+        common = set.intersection(*map(set, self.jobs.values())) if len(self.jobs) > 1 else set()
+        return " ".join([f"[{name}]", *(word for word in self.jobs[name] if word not in common)])
 
 
 def quoted(value: Any) -> str:
     """A value that Hydra's grammar takes as it is."""
-    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    text = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), str(value))
     return f"'{text}'"
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from lowrank_pl.files import write_files
-from lowrank_pl.overview import gather, overview_table, page, to_csv, to_markdown
+from lowrank_pl.overview import gather, overview_tables, page, to_csv, to_markdown
 from lowrank_pl.terminal import terminal
 
 _DESCRIPTION = """\
@@ -35,5 +35,5 @@ def main() -> None:
     texts = {"runs.csv": to_csv(entries), "runs.md": to_markdown(entries), "runs.html": page(entries)}
     write_files({output / name: text.encode() for name, text in texts.items()})
     console = terminal()
-    console.print(overview_table(entries))
+    console.print(overview_tables(entries))
     console.print(f"The page: {output / 'runs.html'}", highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from lowrank_pl.overview import gather, overview_table
+from lowrank_pl.overview import gather, overview_tables
 from lowrank_pl.run_files import key_of
 from lowrank_pl.sweep import Sweep
 from lowrank_pl.terminal import terminal
@@ -49,8 +49,11 @@ def main() -> None:
         code = sweep.run(arguments.jobs, options, lambda line: print(line, flush=True))  # noqa: T201
     except (ValueError, HydraException) as error:
         sys.exit(f"lowrank-pl sweep: {error}")
+    entries = gather([sweep.directory])
+    for entry in entries:
+        entry.name = sweep.title(entry.name)
     console = terminal()
-    console.print(overview_table(gather([sweep.directory])))
+    console.print(overview_tables(entries))
     console.print(f"Everything is in {sweep.directory}", highlight=False, soft_wrap=True)
     sys.exit(code)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import hydra
@@ -30,8 +29,12 @@ def main() -> None:
         except ValueError as error:
             sys.exit(f"lowrank-pl train: {error}")
     sys.argv[1:] = mirrored(sys.argv[1:], linked)
-    task = partial(_run, allow=allow if checked else None, linked=linked)
-    hydra.main(config_path="pkg://lowrank_pl.conf", config_name="train", version_base="1.3")(task)()
+
+    @hydra.main(config_path="pkg://lowrank_pl.conf", config_name="train", version_base="1.3")
+    def train(config: DictConfig) -> None:
+        _run(config, allow if checked else None, linked)
+
+    train()
 
 
 def _run(config: DictConfig, allow: list[str] | None, linked: dict[str, str]) -> None:

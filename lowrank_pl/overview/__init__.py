@@ -2,6 +2,6 @@
 
 from lowrank_pl.overview.entry import Entry, gather
 from lowrank_pl.overview.page import page
-from lowrank_pl.overview.tables import overview_table, to_csv, to_markdown
+from lowrank_pl.overview.tables import overview_tables, to_csv, to_markdown
 
-__all__ = ["Entry", "gather", "overview_table", "page", "to_csv", "to_markdown"]
+__all__ = ["Entry", "gather", "overview_tables", "page", "to_csv", "to_markdown"]

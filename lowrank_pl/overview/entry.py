@@ -18,6 +18,7 @@ from lowrank_pl.run_files import is_running, read_facts
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 POINTS = 160  # of a curve on the page
+_KINDS = {"DeepTwist": "deeptwist", "LearningCompression": "lc", "compress": "direct"}
 
 
 @dataclass
@@ -66,24 +67,20 @@ class Entry:
             rule = compression.get(part)
             if isinstance(rule, dict) and "_target_" in rule:
                 numbers = [_short(v) for v in rule.values() if isinstance(v, (int, float)) and not isinstance(v, bool)]
-                words.append(f"{_snake(_class(rule))}{'=' if numbers else ''}{','.join(numbers)}")
+                words += [_snake(_class(rule)), *numbers]
         if kind == "deeptwist" and "S_D" in compression:
             words.append(f"S_D={compression['S_D']}")
         return " ".join(words)
 
     def value(self, network: str, quantity: str) -> float | None:
         """Of `dense` or `compressed`: `error` in percent, `params`, `macs`, `latency_1` or `latency_32` in ms."""
-        part = self.report.get(network)
-        if not isinstance(part, dict):
-            return None
-        if quantity == "error":
-            accuracy = part.get("accuracy")
-            return None if not _is_number(accuracy) else 100 * (1 - accuracy)
+        part = _get(self.report, network)
         if quantity.startswith("latency_"):
-            times = part.get("latency_ms")
-            part, quantity = times if isinstance(times, dict) else {}, quantity.removeprefix("latency_")
-        number = part.get(quantity)
-        return number if _is_number(number) else None
+            part, quantity = _get(part, "latency_ms"), quantity.removeprefix("latency_")
+        number = part.get("accuracy" if quantity == "error" else quantity)
+        if number is None or not _is_number(number):
+            return None
+        return 100 * (1 - number) if quantity == "error" else number
 
 
 def gather(directories: Iterable[str | Path]) -> list[Entry]:

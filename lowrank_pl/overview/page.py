@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
@@ -49,19 +48,15 @@ def _table(entries: Sequence[Entry]) -> str:
             lines.append(f'<tr class="group" data-group="{escape(group)}"><th colspan="10">{escape(group)}</th></tr>')
         name, *cells = (escape(cell) for cell in row)
         marked = ' class="best"' if position in best else ""
-        lines.append(
-            f'<tr{marked} data-run="{position}" data-group="{escape(group)}"><td><a href="#run{position}">{name}</a></td>'
-            + "".join(f"<td>{cell}</td>" for cell in cells)
-            + "</tr>"
-        )
+        link = f'<a href="#run{position}">{name}</a>'
+        inner = "".join(f"<td>{cell}</td>" for cell in (link, *cells))
+        lines.append(f'<tr{marked} data-run="{position}" data-group="{escape(group)}">{inner}</tr>')
     return "\n".join(lines)
 
 
 def _run(entry: Entry) -> dict[str, Any]:
     """What the page shows of a run, in plain values."""
-    values = {
-        network: {q: _round(entry.value(network, q), 6) for q in _QUANTITIES} for network in ("dense", "compressed")
-    }
+    values = {network: {q: _round(entry.value(network, q)) for q in _QUANTITIES} for network in ("dense", "compressed")}
     curves = {short: _points(entry.curves[name]) for name, short in _CURVES.items() if name in entry.curves}
     ranks = {
         name.removeprefix(_RANK): _points(points) for name, points in entry.curves.items() if name.startswith(_RANK)
@@ -115,8 +110,8 @@ def _published(groups: set[str]) -> list[dict[str, Any]]:
 
 
 def _points(points: list[list[float]]) -> list[list[float]]:
-    return [[int(step), _round(value, 4)] for step, value in points]  # type: ignore[misc]
+    return [[int(step), float(f"{value:.4g}")] for step, value in points]
 
 
-def _round(value: float | None, digits: int) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
+def _round(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Sequence
 
 from rich import box
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
 from lowrank_pl.overview.entry import Entry, front
 
-_COLUMNS = ("run", "method", "error %", "change", "MACs", "", "params", "", "ms", "")
+_COLUMNS = ("run", "method", "error %", "change", "MACs", "less", "params", "less", "ms", "less")
 _CSV = (
-    "run", "group", "method", "status", "pareto", "error", "dense_error", "macs", "dense_macs", "params", "dense_params",
-    "latency_1_ms", "dense_latency_1_ms", "latency_32_ms", "dense_latency_32_ms", "command", "directory",
+    "run", "group", "method", "status", "pareto", "error", "dense_error", "macs", "dense_macs", "params",
+    "dense_params", "latency_1_ms", "dense_latency_1_ms", "latency_32_ms", "dense_latency_32_ms", "command",
+    "directory",
 )  # fmt: skip
 CAPTION = (
-    "Test error and its change from the dense network in points; cost of the compressed network and how many times "
-    "less than the dense one; ms: one batch of 32 on the machine of the run. *: no other run of the group has both "
-    "less error and fewer MACs."
+    "Test error, and its change from the dense network in points; cost of the compressed network, and how many times "
+    "less than the dense one's; ms: a batch of 32 on the machine of the run. *: no other run here has both less error "
+    "and fewer MACs."
 )
 
 
@@ -43,20 +46,26 @@ def rows(entries: Sequence[Entry]) -> list[list[str]]:
     return lines
 
 
-def overview_table(entries: Sequence[Entry]) -> Table:
-    """For a terminal, a section for each network and data set."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=CAPTION, caption_justify="left")
-    for position, column in enumerate(_COLUMNS):
-        table.add_column(column, justify="right" if position > 1 else "left", overflow="fold", no_wrap=position > 2)
-    group = None
-    for entry, row in zip(entries, rows(entries), strict=True):
-        if entry.group != group:
-            if group is not None:
-                table.add_section()
-            group = entry.group
-            table.add_row(f"[bold]{escape(group)}[/bold]")
-        table.add_row(*map(escape, row))
-    return table
+def overview_tables(entries: Sequence[Entry]) -> Group:
+    """For a terminal, a table for each network and data set."""
+    lines, tables = rows(entries), []
+    for group in dict.fromkeys(entry.group for entry in entries):
+        own = [line for entry, line in zip(entries, lines, strict=True) if entry.group == group]
+        folder = os.path.commonpath([os.path.dirname(line[0]) for line in own])
+        title = f"{group}, in {folder}" if folder else group
+        table = Table(
+            box=box.SIMPLE_HEAD, pad_edge=False, title=escape(title), title_style="bold", title_justify="left"
+        )
+        for name, right in zip(_NARROW, (False, False, True, True, True, True, True, True), strict=True):
+            table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
+        for line in own:
+            name = line[0][len(folder) :].lstrip("/")
+            table.add_row(*(escape(line[i]) if i else escape(name) for i in (0, 1, 2, 3, 4, 5, 7, 9)))
+        tables.append(table)
+    return Group(*tables, CAPTION)
+
+
+_NARROW = ("run", "method", "error %", "change", "MACs", "MACs", "params", "ms")  # the last three: times less
 
 
 def to_markdown(entries: Sequence[Entry]) -> str:

@@ -1,0 +1,149 @@
+"""`lowrank-pl sweep`: a grid that is stopped, taken up, extended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lowrank_pl.sweep import Sweep, quoted
+
+LC = [
+    "model=lenet300", "data.size=8", "targets=all", "decomposition=svd", "compression=lc", "compression.steps=4",
+    "compression.growth=3", "compression.mu0=0.1", "reference.epochs=3", "trainer.enable_progress_bar=false",
+]  # fmt: skip
+GRID = [*LC, "compression.lambda_=1,10"]
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "lowrank_pl.cli", "sweep", *words]
+
+
+def sweep(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*words), cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+def stages(text: str) -> list[tuple[str, str]]:
+    """Which job starts, resumes or ends how: [("0", "starts"), ...]"""
+    lines = [line for line in text.splitlines() if line.startswith("[")]
+    return [(line[1 : line.index("]")], line.rpartition(": ")[2]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("sweep")
+    result = sweep(*GRID, folder=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, result.stdout
+
+
+def test_a_grid_is_run_once_with_one_reference(done: tuple[Path, str]) -> None:
+    folder, out = done
+    assert stages(out) == [("0", "starts"), ("0", "finished"), ("1", "starts"), ("1", "finished")]
+    assert "[0] compression.lambda_=1: finished" in out
+    assert "lc svd lambda=10" in out
+    (directory,) = (folder / "sweeps").iterdir()
+    (shared,) = (directory / "references").glob("*.safetensors")
+    for name in ("0", "1"):
+        assert json.loads((directory / name / "run.json").read_text())["status"] == "finished"
+        assert (directory / name / "reference.safetensors").read_bytes() == shared.read_bytes()
+    assert not (directory / "1" / "reference").exists()  # trained once
+    again = sweep(*GRID, folder=folder)
+    assert again.returncode == 0
+    assert stages(again.stdout) == [("0", "finished"), ("1", "finished")]
+
+
+def test_another_grid_is_refused_or_added(done: tuple[Path, str]) -> None:
+    folder, _ = done
+    (directory,) = (folder / "sweeps").iterdir()
+    manifest = (directory / "sweep.json").read_bytes()
+    wider = [*LC, "compression.lambda_=1,3"]
+    refused = sweep(*wider, "--dir", str(directory), folder=folder)
+    assert refused.returncode != 0
+    assert "holds another grid, of 2 jobs: 1 of these 2" in refused.stderr
+    assert (directory / "sweep.json").read_bytes() == manifest
+    extended = sweep(*wider, "--dir", str(directory), "--extend", folder=folder)
+    assert extended.returncode == 0, extended.stderr
+    assert stages(extended.stdout) == [("0", "finished"), ("1", "finished"), ("2", "starts"), ("2", "finished")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_sweep_goes_on(number: int, tmp_path: Path) -> None:
+    words = [*LC, "compression.lambda_=1,10", "compression.l_step_epochs=5", "--dir", "sweep"]
+    with subprocess.Popen(command(*words), cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        while not list((tmp_path / "sweep" / "0").glob("checkpoints/*.ckpt")):
+            time.sleep(0.02)
+            assert process.poll() is None
+        process.send_signal(number)
+        code = process.wait(60)
+    assert code == (128 + number if number == signal.SIGINT else -number)
+    state = Sweep.open(tmp_path / "sweep", list(Sweep.open(tmp_path / "sweep", [], extend=True).jobs.values()))
+    for _ in range(600):  # where the sweep was killed, its job saves and ends by itself
+        if state.status("0") == "interrupted":
+            break
+        time.sleep(0.1)
+    assert state.status("0") == "interrupted"
+    assert state.status("1") == "missing"
+    again = sweep(*words, folder=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert stages(again.stdout) == [("0", "resumes"), ("0", "finished"), ("1", "starts"), ("1", "finished")]
+
+
+def test_one_failure_does_not_end_the_others_and_jobs_run_side_by_side(tmp_path: Path) -> None:
+    words = [
+        *LC[:4],
+        "trainer.max_epochs=2",
+        "data.val_fraction=0.00001,0.1",
+        "--jobs",
+        "2",
+        "--dir",
+        "a folder, with 'signs",
+    ]
+    result = sweep(*words, folder=tmp_path)
+    assert result.returncode == 1
+    said = stages(result.stdout)
+    assert said[:2] == [("0", "starts"), ("1", "starts")]
+    assert ("1", "finished") in said
+    assert "failed" in result.stdout
+    directory = tmp_path / "a folder, with 'signs"
+    assert "val_fraction" in (directory / "0" / "output.log").read_text()
+    threads = json.loads((directory / "1" / "run.json").read_text())["threads"]
+    assert threads == max(1, (os.cpu_count() or 1) // 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compression.lambda=1,2", "compression=lc"], "compression.lambda"),
+        (["model=lenet301,lenet5"], "lenet301"),
+        (["hydra.sweep.dir=x", "seed=1,2"], "--dir"),
+        (["seed=1,2", "--jobs", "0"], "--jobs"),
+    ],
+)
+def test_bad_grids_run_nothing(words: list[str], message: str, tmp_path: Path) -> None:
+    result = sweep(*words, folder=tmp_path)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"jobs": {"../x": ["a"]}}', '{"jobs": {"0": "rm"}}', '{"jobs": {"1": []}}']
+)
+def test_a_damaged_manifest_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(ValueError, match=r"sweep\.json: expected jobs"):
+        Sweep.open(tmp_path, [["seed=1"]])
+    assert (tmp_path / "sweep.json").read_text() == text
+
+
+def test_quoting_is_hydras() -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for text in ("a b", "a,b", "it's", "x=y", "{a}", "C:\\d\\"):
+        (override,) = OverridesParser.create().parse_overrides([f"key={quoted(text)}"])
+        assert override.value() == text
