@@ -128,6 +128,8 @@ class Sweep:
 
 def quoted(value: Any) -> str:
     """A value that Hydra's grammar takes as it is."""
+    if re.fullmatch(r"[\w/.-]+", str(value)):
+        return str(value)
     text = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), str(value))
     return f"'{text}'"
 

@@ -75,7 +75,8 @@ function axes(holder, points, options) {
   return { root, x, y };
 }
 
-function kind(run) { return run.method.split(" ").slice(0, 2).join(" "); }
+// What a run is coloured by: its method without the numbers.
+function kind(run) { return run.method.replace(/ (lambda|S_D)=\S+/g, "").replace(/ [\d.,e+-]+(?= |$)/g, ""); }
 
 function legend(holder, items) {
   holder.replaceChildren();
@@ -125,6 +126,9 @@ function scatter() {
 
 function diamond(x, y, r) { return `M${x} ${y - r}L${x + r} ${y}L${x} ${y + r}L${x - r} ${y}Z`; }
 
+// Charts are drawn when all their boxes are in place, at the width they then have.
+const drawings = [];
+
 // Lines over steps: series = [[label, points, color]]
 function lines(grid, title, series, options) {
   series = series.map(([label, points, color]) => [label, points.filter((p) => p[1] !== null && (!options.logY || p[1] > 0) && (!options.logX || p[0] > 0)), color]).filter((s) => s[1].length);
@@ -132,16 +136,20 @@ function lines(grid, title, series, options) {
   const box = html("div", {}, grid);
   html("h3", {}, box, title);
   const holder = html("div", { class: "chart" }, box);
+  drawings.push(() => drawLines(holder, title, series, options));
+  if (series.length > 1 || series[0][0]) {
+    const caption = html("figcaption", {}, box), few = series.slice(0, 8);
+    legend(caption, few.map(([label, , color]) => ["—", color, label]));
+    if (series.length > few.length) html("span", {}, caption, `and ${series.length - few.length} more`);
+  }
+}
+
+function drawLines(holder, title, series, options) {
   const plot = axes(holder, series.flatMap((s) => s[1]), { height: 220, ...options, label: title });
   for (const [label, points, color] of series) {
     const line = svg("path", { fill: "none", stroke: color, "stroke-width": 1.6, "stroke-opacity": 0.85, d: "M" + points.map((p) => `${plot.x(p[0]).toFixed(1)} ${plot.y(p[1]).toFixed(1)}`).join("L") }, plot.root);
     svg("title", {}, line, label);
     if (points.length === 1) svg("circle", { cx: plot.x(points[0][0]), cy: plot.y(points[0][1]), r: 3, fill: color }, plot.root);
-  }
-  if (series.length > 1 || series[0][0]) {
-    const caption = html("figcaption", {}, box), few = series.slice(0, 8);
-    legend(caption, few.map(([label, , color]) => ["—", color, label]));
-    if (series.length > few.length) html("span", {}, caption, `and ${series.length - few.length} more`);
   }
 }
 
@@ -150,7 +158,12 @@ function bars(grid, title, layers, quantity) {
   if (!shown.length) return;
   const box = html("div", {}, grid);
   html("h3", {}, box, title);
-  const holder = html("div", { class: "chart" }, box), width = Math.max(holder.clientWidth || 300, 260);
+  const holder = html("div", { class: "chart" }, box);
+  drawings.push(() => drawBars(holder, title, shown, quantity));
+}
+
+function drawBars(holder, title, shown, quantity) {
+  const width = Math.max(holder.clientWidth || 300, 260);
   const row = shown.length > 24 ? 9 : 18, height = shown.length * row + 6, left = Math.min(150, width * 0.4);
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title }, holder);
   const most = Math.max(...shown.map((layer) => layer[quantity][0])), scale = (v) => ((width - left - 8) * v) / most;
@@ -178,7 +191,7 @@ function detail() {
   html("button", { class: "close", "aria-label": "Close" }, panel, "×").addEventListener("click", () => { history.replaceState(null, "", "#"); detail(); });
   html("h2", {}, panel, run.name);
   html("p", { class: "small" }, panel, `${run.method}. ${run.status}. ${run.directory}`);
-  html("pre", {}, panel, run.command);
+  html("pre", { class: "wrapped" }, panel, run.command);
   const grid = html("div", { class: "grid" }, panel), c = run.curves, names = Object.keys(run.ranks);
   const step = { x: "optimizer step" };
   lines(grid, "Ranks at each C step", names.map((name, i) => [name, run.ranks[name], hue(i, names.length)]), { ...step, y: "rank" });
@@ -191,6 +204,7 @@ function detail() {
   lines(grid, "Singular values of the dense layers", spectra.map((layer, i) => [layer.name, layer.spectrum.index.map((k, j) => [k, layer.spectrum.value[j]]), hue(i, spectra.length)]), { x: "index", y: "σ / σ₁", logX: true, logY: true });
   bars(grid, "MACs of every layer, dense and compressed", run.layers, "macs");
   bars(grid, "Parameters of every layer, dense and compressed", run.layers, "params");
+  for (const draw of drawings.splice(0)) draw();
   if (run.layers.length) {
     const box = html("details", {}, panel);
     html("summary", {}, box, "Layer by layer");

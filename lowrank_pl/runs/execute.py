@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from safetensors.torch import save
@@ -16,6 +17,7 @@ from lowrank_pl.callbacks import CompressionCallback, ExtractStructure, Learning
 from lowrank_pl.extraction import extracted_part
 from lowrank_pl.figures import draw_run
 from lowrank_pl.files import write_files
+from lowrank_pl.linalg import singular_energies
 from lowrank_pl.models import load_weights
 from lowrank_pl.report import summarize
 from lowrank_pl.run_files import as_json, locked
@@ -25,6 +27,7 @@ from lowrank_pl.runs.recipe import Recipe, Training
 from lowrank_pl.runs.resumable import Resumable, WholeFiles, newest_checkpoint
 from lowrank_pl.runs.stopping import Stop
 from lowrank_pl.storage import load_compressed, save_compressed
+from lowrank_pl.surgery import find_layers
 from lowrank_pl.terminal import terminal
 
 
@@ -152,6 +155,9 @@ class _Execution:
         values = report.to_dict()
         for network, results in tested.items():
             values[network] = {**results, **values[network]}
+        spectra = _spectra(dense)
+        for layer in values["layers"]:
+            layer["spectrum"] = spectra.get(layer["name"])
         write_files({
             self.directory / "report.json": as_json(values),
             self.directory / "report.md": report.to_markdown(accuracy=pair).encode(),
@@ -168,3 +174,15 @@ def _epochs(training: Training) -> dict[str, int]:
 
 def _weights(net: nn.Module) -> bytes:
     return save({name: tensor.detach().contiguous().cpu() for name, tensor in net.state_dict().items()})
+
+
+def _spectra(net: nn.Module) -> dict[str, dict[str, list[float]]]:
+    """Singular values of every layer's lowered kernel `T x (S d d)`, of the largest's size, at a few indices from 1."""
+    spectra = {}
+    for name, layer in find_layers(net).items():
+        matrix = layer.weight.detach().flatten(1)  # type: ignore[operator]
+        energies = singular_energies(matrix).clamp(min=0).sqrt()
+        index = sorted({round(i) for i in np.geomspace(1, len(energies), min(len(energies), 24))})
+        values = (energies / energies[0].clamp(min=1e-300))[torch.tensor(index) - 1]
+        spectra[name] = {"index": index, "value": [float(f"{value:.4g}") for value in values.tolist()]}
+    return spectra
