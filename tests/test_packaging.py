@@ -16,7 +16,7 @@ LEVELS = [
     {"costs"},
     {"ranks"},
     {"surgery", "targets", "compression"},
-    {"methods", "extraction", "storage", "report"},
+    {"methods", "extraction", "storage", "report", "exporting"},
     {"callbacks", "models", "data", "module", "schedules", "figures", "runs", "benchmarks", "overview", "sweep"},
     {"cli"},
 ]

@@ -8,6 +8,8 @@ _COMMANDS = {
     "resume": "go on with a run that was stopped, or train it longer",
     "sweep": "run a grid of runs, and go on with it",
     "report": "gather runs into one table and one page",
+    "export": "write the compressed network of a run as pt2, ONNX or safetensors",
+    "evaluate": "test every form of a run's network",
     "bench": "measure what the callback, the projections and the command line cost on this machine",
 }
 _USAGE = """\

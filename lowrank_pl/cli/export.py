@@ -1,0 +1,45 @@
+"""`lowrank-pl export`: the compressed network of a run, as a file for where it is deployed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lowrank_pl.cli.finished import Finished, seal
+from lowrank_pl.exporting import SUFFIXES, export
+from lowrank_pl.storage import save_compressed
+from lowrank_pl.terminal import terminal
+
+_DESCRIPTION = """\
+Write the compressed network of a finished run for deployment: pt2 (torch.export) and onnx files run without
+lowrank_pl, on batches of any size, and are compared with the network on test images before they are written;
+safetensors is weights and structure, for lowrank_pl.load_compressed.
+"""
+
+
+def main() -> None:
+    """Load the run's network and write it."""
+    parser = argparse.ArgumentParser(
+        prog=sys.argv[0], description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="the directory of a finished run")
+    parser.add_argument("--to", choices=[*SUFFIXES, "safetensors"], required=True, help="the format")
+    parser.add_argument("--output", type=Path, help="the file (for safetensors: the folder); default: in RUN/exported/")
+    parser.add_argument("--allow", metavar="NAME", action="append", default=[], help="as for `lowrank-pl resume`")
+    arguments = parser.parse_args()
+    place = arguments.output or arguments.run / "exported" / f"model{SUFFIXES.get(arguments.to, '')}"
+    said = ""
+    try:
+        run = Finished.open(arguments.run, arguments.allow)
+        if arguments.to == "safetensors":
+            save_compressed(run.compressed, place)
+        else:
+            difference = export(run.compressed, run.images(32), place.with_suffix(SUFFIXES[arguments.to]))
+            place = place.with_suffix(SUFFIXES[arguments.to])
+            seal(place)
+            said = f", within {difference:.1g} of the network on 32 test images"
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        sys.exit(f"lowrank-pl export: {error}")
+    size = sum(file.stat().st_size for file in (place.iterdir() if place.is_dir() else [place]))
+    terminal().print(f"{place}: {size / 1e6:.2f} MB{said}", highlight=False, soft_wrap=True)

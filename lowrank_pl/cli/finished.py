@@ -1,0 +1,90 @@
+"""The networks of a finished run."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from lowrank_pl.cli.allowed import check_targets
+from lowrank_pl.cli.configs import read_stored
+from lowrank_pl.files import write_files
+from lowrank_pl.models import load_weights
+from lowrank_pl.run_files import read_facts
+from lowrank_pl.storage import load_compressed
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Data, and both networks as they were trained and will be deployed."""
+
+    directory: Path
+    data: pl.LightningDataModule
+    dense: nn.Module
+    compressed: nn.Module
+    memory_format: torch.memory_format
+
+    @classmethod
+    def open(cls, directory: Path, allow: Sequence[str]) -> Finished:
+        """Raises `FileNotFoundError` or `ValueError` for what is no finished run, or not to be trusted."""
+        path = directory.absolute()
+        if not (path / "config.yaml").is_file():
+            raise FileNotFoundError(f"no config.yaml in {path}: expected the directory of a run")
+        facts = read_facts(path)
+        if facts is None or facts["status"] != "finished":
+            raise ValueError(f"{path} is not finished: `lowrank-pl resume` goes on with it")
+        config = read_stored(path / "config.yaml")
+        check_targets(config, allow)
+        make = partial(instantiate, _convert_="all")
+        data = make(config.data)
+        data.setup()
+        dense = make(config.model.net, input_shape=data.input_shape, num_classes=data.num_classes)
+        compressed = load_compressed(dense, path / "compressed")
+        load_weights(dense, path / "dense.safetensors")
+        memory = torch.channels_last if config.channels_last else torch.contiguous_format
+        dense, compressed = (net.to(memory_format=memory).eval() for net in (dense, compressed))
+        return cls(path, data, dense, compressed, memory)
+
+    def images(self, size: int) -> Tensor:
+        """The first test images [size, C, H, W]."""
+        batches, found = iter(self.data.test_dataloader()), 0
+        images = []
+        while found < size:
+            images.append(next(batches)[0])
+            found += len(images[-1])
+        return torch.cat(images)[:size]
+
+
+def seal(file: Path) -> None:
+    """Remember beside a file that this user has made it."""
+    write_files({_seal_file(file): _seal_of(file).encode()})
+
+
+def is_sealed(file: Path) -> bool:
+    """Whether this user has made the file, and nobody has changed it since."""
+    place = _seal_file(file)
+    return place.is_file() and hmac.compare_digest(place.read_text(), _seal_of(file))
+
+
+def _seal_file(file: Path) -> Path:
+    return file.with_name(f".{file.name}.seal")
+
+
+def _seal_of(file: Path) -> str:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowrank_pl"
+    key = home / "key"
+    if not key.is_file():
+        home.mkdir(parents=True, exist_ok=True)
+        write_files({key: secrets.token_bytes(32)})
+        key.chmod(0o600)
+    return hmac.new(key.read_bytes(), file.read_bytes(), hashlib.sha256).hexdigest()

@@ -1,0 +1,93 @@
+"""`lowrank-pl export` and `evaluate` on a run."""
+
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+from killing import finish
+
+TRAIN = [
+    "train", "model=lenet300", "data.size=8", "targets=all", "decomposition=svd", "trainer.enable_progress_bar=false",
+    "trainer.max_epochs=3", "compression.S_D=7", "hydra.run.dir=run",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    assert finish(*TRAIN, folder=folder) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def output(folder: Path) -> str:
+    return (folder / "output.txt").read_text()
+
+
+def test_every_form_agrees(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    for kind in ("pt2", "onnx", "safetensors"):
+        assert finish("export", "run", "--to", kind, folder=tmp_path) == 0, output(tmp_path)
+    assert finish("evaluate", "run", folder=tmp_path) == 0, output(tmp_path)
+    results = json.loads((run / "evaluation.json").read_text())
+    assert list(results) == ["dense", "compressed", "pt2", "onnx", "safetensors"]
+    report = json.loads((run / "report.json").read_text())
+    for name, values in results.items():
+        expected = report["dense" if name == "dense" else "compressed"]["accuracy"]
+        assert abs(values["accuracy"] - expected) < 1e-6
+        assert set(values["latency_ms"]) == {"1", "32"}
+        assert values.get("difference", 0) < 1e-5
+    assert "onnx" in output(tmp_path)
+
+
+def test_another_file_by_name(run: Path, tmp_path: Path) -> None:
+    assert finish("export", "run", "--to", "pt2", "--output", "out/small.pt2", folder=tmp_path) == 0
+    assert (tmp_path / "out" / "small.pt2").stat().st_size > 0
+
+
+def test_an_export_of_another_network_is_noticed(run: Path, tmp_path: Path) -> None:
+    assert finish("export", "run", "--to", "pt2", folder=tmp_path) == 0
+    assert finish(*TRAIN, "seed=1", "hydra.run.dir=other", folder=tmp_path) == 0
+    shutil.copytree(run / "exported", tmp_path / "other" / "exported")
+    assert finish("evaluate", "other", folder=tmp_path) == 1
+    assert "pt2 does not agree" in output(tmp_path)
+
+
+class Payload:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch executed",)
+
+
+def test_a_foreign_pt2_is_not_opened(run: Path, tmp_path: Path) -> None:
+    (run / "exported").mkdir()
+    with zipfile.ZipFile(run / "exported" / "model.pt2", "w") as archive:
+        archive.writestr("data/weights/x", pickle.dumps(Payload()))
+    assert finish("evaluate", "run", folder=tmp_path) != 0
+    assert "--trust" in output(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "config.yaml").unlink(), "no config.yaml"),
+        (lambda run: (run / "dense.safetensors").unlink(), "dense.safetensors"),
+        (lambda run: (run / "compressed" / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors"),
+        (lambda run: (run / "run.json").write_text('{"status": "interrupted", "links": {}, "done": []}'), "resume"),
+        (lambda run: (run / "config.yaml").write_text("model: {net: {_target_: os.system}}"), "os is not among"),
+    ],
+)
+def test_what_is_no_finished_run_is_refused(damage, message: str, run: Path, tmp_path: Path) -> None:
+    damage(run)
+    for command in (["export", "run", "--to", "pt2"], ["evaluate", "run"]):
+        assert finish(*command, folder=tmp_path) != 0
+        assert message in output(tmp_path)
+    assert not (run / "exported").exists()

@@ -1,0 +1,103 @@
+"""Exported files against the networks they were made of."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lowrank_pl import BlockSVD, FixedRank, Targets, TiledSVD, compress
+from lowrank_pl.exporting import disagreement, export, load_exported
+from lowrank_pl.layers import ConstantLayer, spec_of
+from lowrank_pl.models import CifarResNet, LeNet5
+
+EVERYTHING = Targets(skip_first=False, skip_last=False)
+IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+METHODS = {
+    "svd": "svd", "spatial_svd": "spatial_svd", "tucker2": "tucker2", "block_svd": BlockSVD(4),
+    "tiled_factors": TiledSVD(16, run="factors"), "tiled_dense": TiledSVD(16, run="dense"),
+}  # fmt: skip
+
+
+def network(method: str) -> nn.Module:
+    torch.manual_seed(0)
+    net = CifarResNet(depth=8, input_shape=(3, 16, 16)).eval()
+    return compress(net, METHODS[method], FixedRank(3), EVERYTHING, example_input=IMAGES).eval()
+
+
+def has_onnx() -> bool:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    return True
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pt2_runs_without_lowrank_pl_on_any_batch(method: str, tmp_path: Path) -> None:
+    net = network(method)
+    assert export(net, IMAGES, tmp_path / "model.pt2") < 1e-5
+    batches = [IMAGES[:1], IMAGES[:3], torch.cat([IMAGES] * 3)]
+    np.savez(tmp_path / "images.npz", *[batch.numpy() for batch in batches])
+    code = (
+        "import sys; sys.modules['lowrank_pl'] = None; import numpy, torch\n"  # importing it raises
+        "run = torch.export.load('model.pt2').module(); images = numpy.load('images.npz')\n"
+        "out = [run(torch.from_numpy(images[k])).detach().numpy() for k in images]\n"
+        "numpy.savez('out.npz', *out)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    with np.load(tmp_path / "out.npz") as out, torch.no_grad():
+        for key, batch in zip(out, batches, strict=True):
+            assert disagreement(torch.from_numpy(out[key]), net(batch)) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_onnx_runs_on_any_batch(method: str, tmp_path: Path) -> None:
+    assert has_onnx()
+    import onnxruntime
+
+    net = network(method)
+    assert export(net, IMAGES, tmp_path / "model.onnx") < 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for batch in (IMAGES[:1], IMAGES[:3], torch.cat([IMAGES] * 3)):
+        (out,) = session.run(None, {"images": batch.numpy()})
+        with torch.no_grad():
+            assert disagreement(torch.from_numpy(out), net(batch)) < 1e-4
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]  # weights are in it
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_constants_and_channels_last(suffix: str, tmp_path: Path) -> None:
+    assert suffix == ".pt2" or has_onnx()
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), ConstantLayer(spec_of(nn.Conv2d(4, 6, 3)), bias=True), nn.Flatten(), nn.LazyLinear(2)
+    )
+    net(IMAGES)
+    net = net.to(memory_format=torch.channels_last).eval()
+    assert export(net, IMAGES, tmp_path / f"model{suffix}") < 1e-5
+    with torch.no_grad():
+        assert disagreement(load_exported(tmp_path / f"model{suffix}")(IMAGES[:2]), net(IMAGES[:2])) < 1e-5
+
+
+class Stubborn(nn.Module):
+    """Does something else once it is exported."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) * (3 if torch.compiler.is_compiling() else 1)
+
+
+def test_a_wrong_export_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "model.pt2").write_text("before")
+    with pytest.raises(ValueError, match="differs by 2"):
+        export(Stubborn(), IMAGES, tmp_path / "model.pt2")
+    assert (tmp_path / "model.pt2").read_text() == "before"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    net = LeNet5(input_shape=(3, 16, 16))
+    with pytest.raises(ValueError, match="ending in"):
+        export(net, IMAGES, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="at least 2 images"):
+        export(net, IMAGES[:1], tmp_path / "model.pt2")
