@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lowrank_pl.callbacks import LearningCompression
+from lowrank_pl.cli.configs import flat
 from lowrank_pl.models import load_weights
 from lowrank_pl.run_files import key_of
 from lowrank_pl.runs import Recipe, Training
@@ -45,6 +46,7 @@ def build(config: DictConfig, references: str | Path | None) -> Recipe:
         label_smoothing=config.label_smoothing,
         report_train=config.report_train,
         checkpoint_every=config.checkpoint_every,
+        hyperparameters=dict(flat(OmegaConf.to_container(config))),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import Logger
 from safetensors.torch import save
 from torch import nn
 
@@ -43,7 +44,6 @@ class _Execution:
     def __init__(self, run: Run, recipe: Recipe, stop: Stop | None) -> None:
         self.run, self.recipe, self.stop, self.directory = run, recipe, stop, run.directory
         self.example = next(iter(recipe.data.test_dataloader()))[0][:32]
-        self.loggers: list[Any] = []
 
     def execute(self) -> None:
         tuned = self.recipe.finetune is not None and self.recipe.compression is not None
@@ -59,7 +59,7 @@ class _Execution:
             assert self.recipe.finetune is not None
             write_files({self.directory / "extracted" / "test.json": as_json(self.test(compressed))})
             classifier = self.recipe.classifier(compressed, self.recipe.finetune)
-            self.fit(self.directory / "finetune", classifier, [], _epochs(self.recipe.finetune))
+            self.fit(self.directory / "finetune", classifier, [], _epochs(self.recipe.finetune), self.logger("finetune"))
             save_compressed(compressed, self.directory / "compressed")
             self.mark_done("finetune")
         self.report()
@@ -82,7 +82,7 @@ class _Execution:
         if isinstance(compression, CompressionCallback):
             extraction = ExtractStructure(submodule="net")
             length = compression.length if isinstance(compression, LearningCompression) else {}
-            self.fit(self.directory, module, [compression, extraction], length)
+            self.fit(self.directory, module, [compression, extraction], length, self.logger())
             if not isinstance(compression, LearningCompression):  # whose dense network is the reference
                 with compression.training_weights():
                     dense = copy.deepcopy(module.net)
@@ -90,7 +90,7 @@ class _Execution:
             return dense, extraction.extracted
         if compression is not None:
             module = compression(module, example_input=self.example)
-        self.fit(self.directory, module, [], {})
+        self.fit(self.directory, module, [], {}, self.logger())
         compressed = extracted_part(module, "net")
         return (module.net if compression is None else dense), compressed
 
@@ -103,25 +103,43 @@ class _Execution:
         with locked(shared.with_suffix(".lock"), self.check):  # others wait for it
             if not shared.is_file():
                 module = self.recipe.classifier(copy.deepcopy(self.recipe.net), training)
-                self.fit(self.directory / "reference", module, [], _epochs(training))
+                self.fit(self.directory / "reference", module, [], _epochs(training), None)
                 write_files({shared: _weights(module.net)})
         if shared != own:
             write_files({own: shared.read_bytes()})
         return own
 
+    def logger(self, prefix: str = "") -> Logger | None:
+        """The logger beside `metrics.csv`, if one was asked for; after a resume it goes on where it was."""
+        make = self.recipe.make_logger
+        if make is None:
+            return None
+        identity = {"WandbLogger": "id", "MLFlowLogger": "run_id"}.get(getattr(make, "func", make).__name__)
+        known = self.run.facts.get("logger_id")
+        extra = {identity: known} if identity is not None and known is not None else {}
+        logger = make(save_dir=str(self.directory), prefix=prefix, **extra)
+        if identity is not None and known is None:
+            _ = logger.experiment  # which makes the identity
+            self.run.record(logger_id=logger.version)
+        if known is None and not prefix:  # MLflow refuses others later
+            logger.log_hyperparams(self.recipe.hyperparameters)
+        return logger
+
     def fit(
-        self, directory: Path, module: pl.LightningModule, callbacks: list[pl.Callback], length: dict[str, int]
+        self,
+        directory: Path,
+        module: pl.LightningModule,
+        callbacks: list[pl.Callback],
+        length: dict[str, int],
+        logger: Logger | None,
     ) -> None:
         """Train, with checkpoints and metrics in this directory; each stage draws its random numbers from the start."""
         pl.seed_everything(self.recipe.seed, verbose=False)
         checkpoints = directory / "checkpoints"
         resumable = Resumable(checkpoints, self.stop, self.recipe.checkpoint_every)
-        self.loggers = [MetricsFile(directory)]
-        if self.recipe.make_logger is not None:
-            self.loggers.append(self.recipe.make_logger(save_dir=str(directory)))
         trainer = self.recipe.make_trainer(
             callbacks=[*([] if self.stop is None else [self.stop]), *callbacks, resumable],
-            logger=self.loggers,
+            logger=[MetricsFile(directory), *([] if logger is None else [logger])],
             plugins=[WholeFiles()],
             default_root_dir=str(directory),
             **length,
@@ -162,6 +180,15 @@ class _Execution:
             self.directory / "report.json": as_json(values),
             self.directory / "report.md": report.to_markdown(accuracy=pair).encode(),
         })  # fmt: skip
+        logger = self.logger("final")
+        if logger is not None:
+            figures = {
+                f"{network}/{quantity}": values[network][quantity]
+                for network in ("dense", "compressed")
+                for quantity in ("accuracy", "params", "macs")
+            }
+            logger.log_metrics(figures, step=0)
+            logger.finalize("success")
         draw_run(self.directory / "metrics.csv", self.directory / "figure.png")
         console = terminal()
         console.print(report.to_table(accuracy=pair))
