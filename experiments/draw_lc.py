@@ -26,6 +26,7 @@ PAPER = {
 }
 NAMES = {
     "lc": "learning-compression",
+    "lc_from_0": "learning-compression, from rank 0",
     "greedy_energy": "greedy energy, then trained",
     "energy_threshold": "energy threshold, then trained",
     "deeptwist": "DeepTwist",
@@ -74,6 +75,10 @@ def draw_errors(axes: Axes, rows: list[dict[str, str]], paper: list[tuple[int, i
     reference = sum(100 - float(row["accuracy_before_last_distortion"]) for row in rows if row["cell"][:2] == "lc")
     axes.axhline(reference / max(sum(row["cell"][:2] == "lc" for row in rows), 1), color="C0", linewidth=0.5)
     axes.set(xscale="log", xlabel="thousand multiply-adds", ylabel="test error, %", title="Error and cost")
+    seen = [y for points in cells.values() for _, y, _ in points]
+    if max(seen) > 5 * min(seen):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.legend(frameon=False, fontsize=8)
     for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         set_formatter(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:g}"[0] in "1235" else ""))
