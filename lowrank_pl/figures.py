@@ -9,26 +9,29 @@ from matplotlib.figure import Figure
 
 
 def draw_run(metrics: Path, figure: Path) -> None:
-    """Loss before and after each distortion, delta w, and validation accuracy, from a `metrics.csv`.
+    """Ranks and gap at each C step, or loss before and after each distortion and delta w; validation accuracy.
 
-    The first three are Figures 3 and 4 of Lee et al. (2019). A panel without data is left out, and so is a figure
+    From a `metrics.csv`. Losses and delta w are Figures 3 and 4 of Lee et al. (2019). A panel without data is left
+    out, and so is a figure
     without panels.
     """
     if not metrics.is_file():
         return
     with open(metrics, newline="") as file:
         rows = list(csv.DictReader(file))
+    columns = rows[0] if rows else {}
+    ranks = {name.removeprefix(_RANK): name for name in columns if name.startswith(_RANK)}
+    gap, losses = {"": "lowrank/gap"}, {"before": "lowrank/loss_before", "after": "lowrank/loss_after"}
+    delta_w = {} if "lowrank/gap" in columns else {"": "lowrank/delta_w"}
     panels = [
-        (
-            "Loss at each distortion",
-            {"before": "lowrank/loss_before", "after": "lowrank/loss_after"},
-            "linear",
-        ),
-        (r"$\Delta w = ||w - \tilde w||_F^2 / N(w)$", {"": "lowrank/delta_w"}, "log"),
+        ("Rank of each layer", ranks, "linear"),
+        (r"Gap $||W - \Theta|| / ||W||$", gap, "log"),
+        ("Loss at each distortion", losses, "linear"),
+        (r"$\Delta w = ||w - \tilde w||_F^2 / N(w)$", delta_w, "log"),
         ("Validation accuracy", {"": "val/accuracy"}, "linear"),
     ]
     drawn = [
-        (title, {label: points for label, name in lines.items() if (points := _points(rows, name))}, scale)
+        (title, {label: points for label, name in lines.items() if (points := _points(rows, name, scale))}, scale)
         for title, lines, scale in panels
     ]
     drawn = [panel for panel in drawn if panel[1]]
@@ -40,10 +43,14 @@ def draw_run(metrics: Path, figure: Path) -> None:
             axes.plot(*zip(*points, strict=True), marker=".", linewidth=1.2, label=label)
         axes.set(title=title, xlabel="optimizer step", yscale=scale)
         axes.grid(alpha=0.3)
-        if len(lines) > 1:
-            axes.legend(frameon=False)
+        if 1 < len(lines) <= 12:
+            axes.legend(frameon=False, fontsize="small")
     canvas.savefig(figure, dpi=120)
 
 
-def _points(rows: list[dict[str, str]], name: str) -> list[tuple[int, float]]:
-    return [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+_RANK = "lowrank/rank/"
+
+
+def _points(rows: list[dict[str, str]], name: str, scale: str) -> list[tuple[int, float]]:
+    points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+    return [point for point in points if scale == "linear" or point[1] > 0]
