@@ -81,7 +81,7 @@ class Sweep:
         for name in self.jobs:
             if name not in waiting:
                 say(f"{self.title(name)}: {self.status(name)}")
-        threads = max(1, (os.cpu_count() or 1) // at_once)
+        threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) // at_once)
         while self._running or (waiting and self._signal is None):
             while waiting and len(self._running) < at_once and self._signal is None:
                 name = waiting.pop(0)
@@ -91,8 +91,10 @@ class Sweep:
                 if process.poll() is not None:
                     del self._running[name]
                     status = self.status(name)
-                    failed = f", exit code {process.returncode}: see {self.directory / name / 'output.log'}"
-                    say(f"{self.title(name)}: {status}{'' if status == 'finished' else failed}")
+                    place = (
+                        "" if status in ("finished", "interrupted") else f", see {self.directory / name / 'output.log'}"
+                    )
+                    say(f"{self.title(name)}: {status}{place}")
             time.sleep(0.1)
 
     def _start(self, name: str, options: list[str], threads: int) -> subprocess.Popen[bytes]:
@@ -121,9 +123,10 @@ class Sweep:
         self._signal = number
 
     def title(self, name: str) -> str:
-        """The job's number, and what sets it apart from the others."""
+        """The job's number, and what sets it apart from the others: the last parts of the keys."""
         common = set.intersection(*map(set, self.jobs.values())) if len(self.jobs) > 1 else set()
-        return " ".join([f"[{name}]", *(word for word in self.jobs[name] if word not in common)])
+        words = [word.partition("=") for word in self.jobs[name] if word not in common]
+        return " ".join([f"[{name}]", *(key.rpartition(".")[2] + sign + value for key, sign, value in words)])
 
 
 def quoted(value: Any) -> str:

@@ -4,13 +4,13 @@ import sys
 from importlib import import_module
 
 _COMMANDS = {
-    "train": "train a network, compress it, extract and test it: a run directory with everything",
-    "resume": "go on with a run that was stopped, or train it longer",
+    "train": "train a network, compress it, extract and test it",
+    "resume": "go on with a run that was stopped, or train it on",
     "sweep": "run a grid of runs, and go on with it",
     "report": "gather runs into one table and one page",
     "export": "write the compressed network of a run as pt2, ONNX or safetensors",
     "evaluate": "test every form of a run's network",
-    "bench": "measure what the callback, the projections and the command line cost on this machine",
+    "bench": "measure what compression costs on this machine",
 }
 _USAGE = """\
 usage: lowrank-pl COMMAND [arguments]
@@ -29,7 +29,7 @@ def main() -> None:
     """The console script `lowrank-pl`."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        commands = "\n".join(f"  {name:8}{text}" for name, text in _COMMANDS.items())
+        commands = "\n".join(f"  {name:10}{text}" for name, text in _COMMANDS.items())
         sys.stdout.write(_USAGE.format(commands=commands))
         return
     command, *rest = arguments

@@ -1,4 +1,5 @@
-"""Config folders given on the command line: files from elsewhere, which Hydra would follow wherever they lead."""
+"""The command line before Hydra sees it, and config folders named on it: files from elsewhere, which Hydra would
+follow wherever they lead."""
 
 from __future__ import annotations
 
@@ -24,6 +25,23 @@ def take_options(words: list[str]) -> tuple[list[str], bool]:
     return allow, trusted
 
 
+def options_first(words: list[str]) -> list[str]:
+    """In the order that Hydra's parser needs: it takes no option between overrides."""
+    options: list[str] = []
+    overrides: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word in _WITH_VALUE and rest:
+            options += [word, rest.pop(0)]
+        else:
+            (options if word.startswith("-") else overrides).append(word)
+    return [*options, *overrides]
+
+
+_WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
+
+
 def check_foreign(words: list[str]) -> tuple[bool, dict[str, str]]:
     """Whether the command line names a folder of configs, and the links of a run's stored config that it names.
 
@@ -33,7 +51,7 @@ def check_foreign(words: list[str]) -> tuple[bool, dict[str, str]]:
     if folder is None:
         return False, {}
     for file in sorted(Path(folder).glob("**/*.yaml")) if name is None else []:
-        _refuse_hydra(file)
+        _refuse_hydra(file, Path(folder))
     if name is None:
         return True, {}
     file = Path(folder, name if name.endswith(".yaml") else f"{name}.yaml")
@@ -46,10 +64,14 @@ def check_foreign(words: list[str]) -> tuple[bool, dict[str, str]]:
     return True, {} if facts is None else facts["links"]
 
 
-def _refuse_hydra(file: Path) -> None:
+def _refuse_hydra(file: Path, folder: Path) -> None:
     text = file.read_text()
     values: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    if "@package hydra" in text or file.parent.name == "hydra" or (isinstance(values, dict) and "hydra" in values):
+    if (
+        "@package hydra" in text
+        or "hydra" in file.relative_to(folder).parts
+        or (isinstance(values, dict) and "hydra" in values)
+    ):
         raise ValueError(f"{file} changes settings of Hydra. If you wrote it, add --trust")
 
 

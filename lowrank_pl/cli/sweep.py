@@ -55,6 +55,8 @@ def main() -> None:
     console = terminal()
     console.print(overview_tables(entries))
     console.print(f"Everything is in {sweep.directory}", highlight=False, soft_wrap=True)
+    if code > 128:
+        sys.stderr.write("Interrupted; the same command goes on with it.\n")
     sys.exit(code)
 
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.build import build
 from lowrank_pl.cli.configs import links, mirrored, resolved, stored
-from lowrank_pl.cli.foreign import check_foreign, take_options
+from lowrank_pl.cli.foreign import check_foreign, options_first, take_options
 from lowrank_pl.cli.session import session
 from lowrank_pl.runs import Run, execute
 
@@ -28,7 +28,7 @@ def main() -> None:
             checked, linked = check_foreign(sys.argv)
         except ValueError as error:
             sys.exit(f"lowrank-pl train: {error}")
-    sys.argv[1:] = mirrored(sys.argv[1:], linked)
+    sys.argv[1:] = options_first(mirrored(sys.argv[1:], linked))
 
     @hydra.main(config_path="pkg://lowrank_pl.conf", config_name="train", version_base="1.3")
     def train(config: DictConfig) -> None:

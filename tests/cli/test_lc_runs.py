@@ -2,12 +2,11 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from killing import finish
 from safetensors.torch import load_file
 
 from lowrank_pl import load_compressed
@@ -19,10 +18,10 @@ LC = ["compression=lc", "compression.steps=4", "compression.growth=3", "compress
 
 
 def train(*arguments: str, folder: Path) -> str:
-    program = [sys.executable, "-c", "from lowrank_pl.cli import main; main()", "train", *arguments, *SMALL]
-    done = subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    code = finish("train", *arguments, *SMALL, folder=folder)
+    output = (folder / "output.txt").read_text()
+    assert code == 0, output
+    return output
 
 
 def net(run: Path) -> torch.nn.Module:

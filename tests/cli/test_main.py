@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from killing import finish
 
 from lowrank_pl import load_compressed
 from lowrank_pl.models import LeNet300
@@ -15,18 +16,18 @@ from lowrank_pl.models import LeNet300
 SMALL = ["model=lenet300", "data.size=8", "targets=all", "compression.S_D=7", "trainer.max_epochs=2"]
 
 
-def lowrank_pl(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-c", "from lowrank_pl.cli import main; main()", *arguments]
-    return subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+def lowrank_pl(*arguments: str, folder: Path) -> tuple[int, str]:
+    """Exit code and output."""
+    return finish(*arguments, folder=folder), (folder / "output.txt").read_text()
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("cli")
-    done = lowrank_pl("train", *SMALL, folder=folder)
-    assert done.returncode == 0, done.stderr
+    code, output = lowrank_pl("train", *SMALL, folder=folder)
+    assert code == 0, output
     (directory,) = (folder / "runs").iterdir()
-    return directory, done.stdout
+    return directory, output
 
 
 def test_a_run_leaves_everything(run: tuple[Path, str]) -> None:
@@ -65,8 +66,8 @@ def test_the_distortions_are_logged_and_the_config_is_resolved(run: tuple[Path, 
 @pytest.mark.parametrize("compression", ["none", "direct"])
 def test_baselines(compression: str, tmp_path: Path) -> None:
     arguments = [*SMALL[:3], "trainer.max_epochs=1", f"compression={compression}", "trainer.max_steps=3"]
-    done = lowrank_pl("train", *arguments, "hydra.run.dir=run", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, output = lowrank_pl("train", *arguments, "hydra.run.dir=run", folder=tmp_path)
+    assert code == 0, output
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     net = load_compressed(LeNet300(input_shape=(1, 8, 8)), tmp_path / "run" / "compressed")
     assert report["compressed"]["params"] == sum(p.numel() for p in net.parameters())
@@ -93,6 +94,6 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_named(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = lowrank_pl(*arguments, folder=tmp_path)
-    assert done.returncode != 0
-    assert message in done.stderr
+    code, output = lowrank_pl(*arguments, folder=tmp_path)
+    assert code != 0
+    assert message in output
