@@ -229,7 +229,7 @@ def text(name: str, content: str):
         (config_with(model__net={"_target_": "torch.hub.load", "repo_or_dir": "a/b"}), "torch.hub.load"),
         (config_with(model__net={"_target_": "torch.load", "f": "x"}), "torch.serialization.load"),
         (config_with(model__net={"_target_": HIDDEN}), f"{HIDDEN}', which is posix.system"),
-        (config_with(model__net={"_target_": "lowrank_pl.runs.directory.time.sleep"}), "not on the list"),
+        (config_with(model__net={"_target_": "lowrank_pl.run_files.time.sleep"}), "not on the list"),
         (config_with(model__net={"_target_": "lowrank_pl.files.write_files"}), "not on the list"),
         (config_with(model__net={"_target_": "lowrank_pl.ExtractStructure", "dirpath": "/x"}), "not on the list"),
         (config_with(model__net={"_target_": "lowrank_pl.runs.Run.start"}), "not on the list"),

@@ -97,16 +97,8 @@ def test_an_interrupted_sweep_goes_on(number: int, tmp_path: Path) -> None:
 
 
 def test_one_failure_does_not_end_the_others_and_jobs_run_side_by_side(tmp_path: Path) -> None:
-    words = [
-        *LC[:4],
-        "trainer.max_epochs=2",
-        "data.val_fraction=0.00001,0.1",
-        "--jobs",
-        "2",
-        "--dir",
-        "a folder, with 'signs",
-    ]
-    result = sweep(*words, folder=tmp_path)
+    words = [*LC[:4], "trainer.max_epochs=2", "data.val_fraction=0.00001,0.1"]
+    result = sweep(*words, "--jobs", "2", "--dir", "a folder, with 'signs", folder=tmp_path, threads=4)
     assert result.returncode == 1
     said = stages(result.stdout)
     assert said[:2] == [("0", "starts"), ("1", "starts")]
