@@ -1,0 +1,9 @@
+"""Runs: their directories, what happens in them, and how they are taken up again."""
+
+from lowrank_pl.runs.directory import Run
+from lowrank_pl.runs.execute import execute
+from lowrank_pl.runs.recipe import Recipe, Training
+from lowrank_pl.runs.resumable import checkpoints
+from lowrank_pl.runs.stopping import Interrupted, Stop
+
+__all__ = ["Interrupted", "Recipe", "Run", "Stop", "Training", "checkpoints", "execute"]

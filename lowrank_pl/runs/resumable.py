@@ -1,0 +1,161 @@
+"""Checkpoints from which a run goes on as if it had not been stopped."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.callbacks import Checkpoint
+
+from lowrank_pl.data.loader import ResumableLoader
+from lowrank_pl.files import write_files
+from lowrank_pl.runs.metrics_file import MetricsFile
+from lowrank_pl.runs.stopping import Interrupted, Stop
+
+
+class Resumable(Checkpoint):
+    """Writes checkpoints after the first optimizer step of every epoch (and every `every_n_steps`), keeps the newest two.
+
+    Not at an epoch's end, where Lightning has metrics in hand that it has not logged. They hold, besides what Lightning
+    puts in, all random states and the number of rows in `metrics.csv`. Where `stop` says so, training ends after the
+    next step that can be taken up again.
+    """
+
+    def __init__(
+        self, dirpath: str | Path, stop: Stop | None = None, every_n_steps: int | None = None, keep: int = 2
+    ) -> None:
+        self.dirpath, self.stop = Path(dirpath), stop
+        self.every_n_steps, self.keep = every_n_steps, keep
+        self.last_epoch, self.last_step = -1, 0
+        self._state: Mapping[str, Any] | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for logger in _metrics_files(trainer):
+            logger.cut(0 if self._state is None else self._state["rows"])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._state is not None:
+            # not left to Lightning, which forgets it where `estimated_stepping_batches` has set up the data before
+            if self._state["loader"] is not None:
+                trainer.train_dataloader.load_state_dict(self._state["loader"])  # type: ignore[union-attr]
+            _set_random_state(self._state["random"])
+            self._state = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, epoch = trainer.global_step, trainer.current_epoch
+        only_one = trainer.num_training_batches <= trainer.accumulate_grad_batches
+        if trainer.fit_loop._should_accumulate() or (trainer.is_last_batch and not only_one):
+            return
+        stopping = self.stop is not None and self.stop.signal is not None
+        by_steps = self.every_n_steps is not None and step - self.last_step >= self.every_n_steps
+        if epoch > self.last_epoch or by_steps or stopping:
+            self.save(trainer)
+        if stopping:
+            raise Interrupted
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Write a checkpoint, then remove all but the newest."""
+        self.last_epoch, self.last_step = trainer.current_epoch, trainer.global_step
+        trainer.save_checkpoint(self.dirpath / f"step={trainer.global_step}.ckpt")
+        if trainer.is_global_zero:
+            for old in checkpoints(self.dirpath)[self.keep :]:
+                old.unlink()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        loader = trainer.train_dataloader
+        rows = [logger.saved() for logger in _metrics_files(trainer)]
+        checkpoint[_KEY] = {
+            "last_epoch": self.last_epoch,
+            "last_step": self.last_step,
+            "rows": rows[0] if rows else 0,
+            "loader": loader.state_dict() if isinstance(loader, ResumableLoader) else None,
+            "random": _random_state(),
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._state = checkpoint.get(_KEY)
+        if self._state is not None:
+            self.last_epoch, self.last_step = self._state["last_epoch"], self._state["last_step"]
+
+
+def _metrics_files(trainer: pl.Trainer) -> list[MetricsFile]:
+    return [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints that are written whole or not at all, and read without running what is in them."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        memory = io.BytesIO()
+        torch.save(checkpoint, memory)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_files({Path(path): memory.getvalue()})
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, newest first."""
+    found = {path: re.fullmatch(r"step=(\d+)\.ckpt", path.name) for path in folder.glob("*.ckpt")}
+    return sorted((path for path, match in found.items() if match), key=lambda path: -int(found[path][1]))  # type: ignore[index]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that can be read; warns of newer ones that cannot."""
+    for path in checkpoints(folder):
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except (
+            OSError,
+            EOFError,
+            RuntimeError,
+            ValueError,
+            KeyError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+        ) as error:
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            warnings.warn(f"{path} cannot be read ({reason}): going on from the one before", stacklevel=2)
+        else:
+            return path
+    return None
+
+
+_KEY = "lowrank_pl_resumable"
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, [int(key) for key in keys], *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
