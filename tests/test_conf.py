@@ -9,6 +9,8 @@ from hydra.errors import ConfigCompositionException
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from lowrank_pl.cli.allowed import check_targets
+
 CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*/cells.yaml"))
 OPTIONS = sorted(
@@ -28,6 +30,7 @@ def test_every_option_composes_and_names_real_arguments(option: str) -> None:
     extra = ["data.file=images.npz"] if option == "data=arrays" or option.startswith("experiment") else []
     extra += ["logger.tracking_uri=x"] if option == "logger=mlflow" else []
     config = composed(option, *extra)
+    check_targets(config)  # a run with it can be resumed
     for node in nodes(config):
         target = str(node["_target_"])
         function = get_class(target) if target.rsplit(".", 1)[1][0].isupper() else get_method(target)

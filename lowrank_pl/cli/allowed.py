@@ -19,7 +19,7 @@ _MODULES = (
 _EXACT = (
     "lowrank_pl.callbacks.deeptwist.DeepTwist",
     "lowrank_pl.callbacks.learning_compression.LearningCompression",
-    "lowrank_pl.compression.compress",
+    "lowrank_pl.extraction.compress",
     "lowrank_pl.models.torchvision_classifier.torchvision_classifier",
     "lowrank_pl.schedules.constant",
     "lowrank_pl.schedules.cosine",

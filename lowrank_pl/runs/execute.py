@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -59,7 +58,9 @@ class _Execution:
             assert self.recipe.finetune is not None
             write_files({self.directory / "extracted" / "test.json": as_json(self.test(compressed))})
             classifier = self.recipe.classifier(compressed, self.recipe.finetune)
-            self.fit(self.directory / "finetune", classifier, [], _epochs(self.recipe.finetune), self.logger("finetune"))
+            self.fit(
+                self.directory / "finetune", classifier, [], _epochs(self.recipe.finetune), self.logger("finetune")
+            )
             save_compressed(compressed, self.directory / "compressed")
             self.mark_done("finetune")
         self.report()

@@ -33,8 +33,8 @@ class Recipe:
     `compression` is a callback, or a function that compresses a module before it is trained, or None. With `reference`
     the network is trained first, unless the folder `references` has it under `reference_key` from another run.
     `finetune` trains the extracted network's factors at the end. With `report_train`, loss and accuracy on the training
-    images are reported too. Metrics go to `metrics.csv`, and to `make_logger(save_dir=...)` with the `hyperparameters`. Checkpoints are written
-    in every epoch, and every `checkpoint_every` optimizer steps.
+    images are reported too. Metrics go to `metrics.csv`, and to `make_logger(save_dir=...)` with the `hyperparameters`.
+    Checkpoints are written at the start of every epoch but the first, and every `checkpoint_every` optimizer steps.
     """
 
     data: pl.LightningDataModule

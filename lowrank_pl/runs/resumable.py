@@ -21,15 +21,15 @@ from pytorch_lightning.callbacks import Checkpoint
 from lowrank_pl.data.loader import ResumableLoader
 from lowrank_pl.files import write_files
 from lowrank_pl.runs.metrics_file import MetricsFile
-from lowrank_pl.runs.stopping import Interrupted, Stop
+from lowrank_pl.runs.stopping import Stop
 
 
 class Resumable(Checkpoint):
-    """Writes checkpoints after the first optimizer step of every epoch (and every `every_n_steps`), keeps the newest two.
+    """Writes checkpoints at the start of every epoch but the first (and every `every_n_steps`), keeps the newest two.
 
-    Not at an epoch's end, where Lightning has metrics in hand that it has not logged. They hold, besides what Lightning
-    puts in, all random states and the number of rows in `metrics.csv`. Where `stop` says so, training ends after the
-    next step that can be taken up again.
+    Not at an epoch's end or before a validation, which Lightning would leave out on resuming. They hold, besides what
+    Lightning puts in, all random states, the loader's place and the number of rows in `metrics.csv`. Where `stop` says
+    so, training ends with the next one.
     """
 
     def __init__(
@@ -38,6 +38,8 @@ class Resumable(Checkpoint):
         self.dirpath, self.stop = Path(dirpath), stop
         self.every_n_steps, self.keep = every_n_steps, keep
         self.last_epoch, self.last_step = -1, 0
+        self._epoch_start = False
+        self._steps: int | None = None
         self._state: Mapping[str, Any] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -50,25 +52,39 @@ class Resumable(Checkpoint):
             if self._state["loader"] is not None:
                 trainer.train_dataloader.load_state_dict(self._state["loader"])  # type: ignore[union-attr]
             _set_random_state(self._state["random"])
+            self._steps = self._state["steps"]
             self._state = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._steps is not None:  # Lightning counts one step too many for the logs
+            trainer.fit_loop.epoch_loop._batches_that_stepped, self._steps = self._steps, None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step > 0 and trainer.current_epoch > self.last_epoch:
+            self.save(trainer, epoch_start=True)
+            self._stop()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, epoch = trainer.global_step, trainer.current_epoch
-        only_one = trainer.num_training_batches <= trainer.accumulate_grad_batches
-        if trainer.fit_loop._should_accumulate() or (trainer.is_last_batch and not only_one):
+        validates = trainer.is_last_batch or (batch_idx + 1) % (trainer.val_check_batch or 1) == 0
+        ends = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if trainer.fit_loop._should_accumulate() or validates or ends:
             return
-        stopping = self.stop is not None and self.stop.signal is not None
-        by_steps = self.every_n_steps is not None and step - self.last_step >= self.every_n_steps
-        if epoch > self.last_epoch or by_steps or stopping:
+        by_steps = self.every_n_steps is not None and trainer.global_step - self.last_step >= self.every_n_steps
+        if by_steps or (self.stop is not None and self.stop.signal is not None):
             self.save(trainer)
-        if stopping:
-            raise Interrupted
+            self._stop()
 
-    def save(self, trainer: pl.Trainer) -> None:
+    def _stop(self) -> None:
+        if self.stop is not None:
+            self.stop.check()
+
+    def save(self, trainer: pl.Trainer, epoch_start: bool = False) -> None:
         """Write a checkpoint, then remove all but the newest."""
-        self.last_epoch, self.last_step = trainer.current_epoch, trainer.global_step
+        self.last_epoch, self.last_step, self._epoch_start = trainer.current_epoch, trainer.global_step, epoch_start
         trainer.save_checkpoint(self.dirpath / f"step={trainer.global_step}.ckpt")
         if trainer.is_global_zero:
             for old in checkpoints(self.dirpath)[self.keep :]:
@@ -77,13 +93,20 @@ class Resumable(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        loader = trainer.train_dataloader
+        if self._epoch_start:  # Lightning sets these back after this hook, and on resuming takes the epoch for done
+            for name, state in checkpoint["loops"]["fit_loop"].items():
+                if name.startswith("epoch_loop."):
+                    _set_back(state)
+        loader, place = trainer.train_dataloader, None
+        if isinstance(loader, ResumableLoader):
+            place = {"batches": 0} if self._epoch_start else loader.state_dict()
         rows = [logger.saved() for logger in _metrics_files(trainer)]
         checkpoint[_KEY] = {
             "last_epoch": self.last_epoch,
             "last_step": self.last_step,
             "rows": rows[0] if rows else 0,
-            "loader": loader.state_dict() if isinstance(loader, ResumableLoader) else None,
+            "loader": place,
+            "steps": trainer.fit_loop.epoch_loop._batches_that_stepped if self._epoch_start else None,
             "random": _random_state(),
         }
 
@@ -93,6 +116,17 @@ class Resumable(Checkpoint):
         self._state = checkpoint.get(_KEY)
         if self._state is not None:
             self.last_epoch, self.last_step = self._state["last_epoch"], self._state["last_step"]
+
+
+def _set_back(progress: Any) -> None:
+    """What Lightning's loops have counted in the current epoch."""
+    for name, value in progress.items() if isinstance(progress, dict) else ():
+        if name == "current":
+            value.update(dict.fromkeys(value, 0))
+        elif name == "is_last_batch":
+            progress[name] = False
+        else:
+            _set_back(value)
 
 
 def _metrics_files(trainer: pl.Trainer) -> list[MetricsFile]:

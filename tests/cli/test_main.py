@@ -34,7 +34,7 @@ def test_a_run_leaves_everything(run: tuple[Path, str]) -> None:
     directory, _ = run
     for name in ("config.yaml", "run.json", "metrics.csv", "report.json", "report.md", "figure.png",
                  "compressed/model.safetensors", "compressed/structure.json",
-                 "dense.safetensors", "checkpoints/step=12.ckpt"):  # fmt: skip
+                 "dense.safetensors", "checkpoints/step=11.ckpt"):  # fmt: skip
         assert (directory / name).stat().st_size > 0, name
     facts = json.loads((directory / "run.json").read_text())
     assert facts["status"] == "finished"
