@@ -19,6 +19,11 @@ from lowrank_pl.runs import Recipe, Training
 
 def build(config: DictConfig, references: str | Path | None) -> Recipe:
     """What the configuration describes, ready to run; `references` is where trained references are shared."""
+    if config.trainer.devices != 1 or config.trainer.get("num_nodes", 1) != 1:
+        raise ValueError(
+            f"Expected `trainer.devices` to be 1 but got {config.trainer.devices}: the command line trains on one "
+            "device. On several, use the callbacks in a Trainer of your own"
+        )
     make = partial(instantiate, _convert_="all")
     pl.seed_everything(config.seed, verbose=False)
     data = make(config.data)

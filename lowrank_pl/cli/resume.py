@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from omegaconf.errors import OmegaConfBaseException
+
 from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.build import build
 from lowrank_pl.cli.configs import change, protected, read_stored, stored
@@ -36,40 +38,43 @@ def main() -> None:
     parser.add_argument("--allow", metavar="NAME", action="append", default=[], help="a class or function of yours "
                         "that the config may call, such as my_package.nets.MyNet; may be repeated")  # fmt: skip
     arguments = parser.parse_intermixed_args()
-    try:
-        with session() as stop:
+    with session() as stop:
+        try:
             run = Run.open(arguments.run)
             config = read_stored(run.directory / "config.yaml")
             changed = change(config, arguments.values, run.facts["links"])
             check_targets(config, arguments.allow)
-            if changed:
-                _accept(run, changed, arguments.values, arguments.force)
-                write_files({run.directory / "config.yaml": stored(config).encode()})
-            elif run.facts["status"] == "finished":
+            if not changed and run.facts["status"] == "finished":
                 terminal().print(f"Nothing to do: {run.directory} is finished.", highlight=False, soft_wrap=True)
                 return
-            with run.recorded():
-                execute(run, build(config, config.paths.references), stop)
-    except (ValueError, TypeError, FileNotFoundError, RuntimeError) as error:
-        sys.exit(f"lowrank-pl resume: {error}")
+            lines = _show(run, changed, arguments.force)
+            recipe = build(config, config.paths.references)
+        except (ValueError, TypeError, OSError, RuntimeError, OmegaConfBaseException) as error:
+            sys.exit(f"lowrank-pl resume: {error}")
+        if changed:
+            history = [*run.facts.get("resumed", []), {"overrides": shlex.join(arguments.values), "changed": lines}]
+            run.record(done=_still_done(run, changed), status="running", resumed=history)
+            write_files({run.directory / "config.yaml": stored(config).encode()})
+        with run.recorded():
+            execute(run, recipe, stop)
 
 
-def _accept(run: Run, changed: dict[str, tuple[Any, Any]], words: list[str], force: bool) -> None:
-    """Show what is changed, refuse what makes it another run, and write it down."""
+def _show(run: Run, changed: dict[str, tuple[Any, Any]], force: bool) -> list[str]:
+    """Print what is changed; refuse what makes it another run."""
     notes = out_of_reach(changed, run.directory)
     lines = [
         f"{key}: {old} -> {new}" + (f"  ({notes[key]})" if key in notes else "") for key, (old, new) in changed.items()
     ]
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
     if protected(changed) and not force:
         raise ValueError(
             f"{', '.join(protected(changed))}: the model, data, method and seed make the run what it is. Start another "
             "run, or add --force"
         )
-    changed_parts = {key.partition(".")[0] for key in changed}
-    kept = run.facts["done"]
-    if not changed_parts <= {"report_train", "logger"}:
-        # fine-tuning is done again, and the training before it where it has changed
-        kept = [stage for stage in kept if stage == "fit" and changed_parts <= {"finetune", "report_train", "logger"}]
-    history = [*run.facts.get("resumed", []), {"overrides": shlex.join(words), "changed": lines}]
-    run.record(status="running", done=kept, resumed=history)
+    return lines
+
+
+def _still_done(run: Run, changed: dict[str, Any]) -> list[str]:
+    """The stages that a change leaves as they are."""
+    parts = {key.partition(".")[0] for key in changed} - {"report_train", "logger"}
+    return [stage for stage in run.facts["done"] if not parts or (stage == "fit" and parts == {"finetune"})]

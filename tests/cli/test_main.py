@@ -90,6 +90,7 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
         (["train", "model=lenet6"], "lenet6"),
         (["train", "compression.S_D=0"], "S_D"),
         (["train", "data=arrays", "data.file=nothing.npz"], "nothing.npz"),
+        (["train", "trainer.devices=2"], "trainer.devices"),
         (["bench", "nothing"], "projection_vgg16"),
     ],
 )
