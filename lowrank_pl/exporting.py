@@ -73,7 +73,8 @@ def _to_onnx(net: nn.Module, images: Tensor) -> bytes:
 
 
 def _pt2_runner(file: Any) -> Runner:
-    return torch.export.load(file).module()
+    module = torch.export.load(file).module()
+    return lambda images: module(images)
 
 
 def _onnx_runner(data: bytes) -> Runner:

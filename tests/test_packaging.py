@@ -16,7 +16,7 @@ LEVELS = [
     {"costs"},
     {"ranks"},
     {"surgery", "targets", "compression"},
-    {"methods", "extraction", "storage", "report", "exporting"},
+    {"methods", "extraction", "storage", "report", "exporting", "evaluation"},
     {"callbacks", "models", "data", "module", "schedules", "figures", "runs", "benchmarks", "overview", "sweep"},
     {"cli"},
 ]

@@ -96,9 +96,9 @@ def quick(functions, device="cpu"):
 def test_latency_tells_slow_from_fast(monkeypatch):
     monkeypatch.setattr("lowrank_pl.report.BATCHES", (32,))
     monkeypatch.setattr("lowrank_pl.report.median_ms", quick)
-    dense = nn.Sequential(nn.Linear(1024, 1024))
+    dense = nn.Sequential(nn.Linear(2048, 2048))
     compressed = compress(dense, "svd", FixedRank(8), Targets(skip_last=False))
-    x = torch.randn(1, 1024)
+    x = torch.randn(1, 2048)
     report = summarize(dense, compressed, x)
     assert report.dense.latency_ms["32"] > 2 * report.compressed.latency_ms["32"]
 

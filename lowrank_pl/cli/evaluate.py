@@ -5,21 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-from rich import box
-from rich.table import Table
 
 from lowrank_pl.cli.finished import Finished, is_sealed
-from lowrank_pl.exporting import SUFFIXES, Runner, disagreement, load_exported
+from lowrank_pl.evaluation import evaluate, evaluation_table
+from lowrank_pl.exporting import SUFFIXES, Runner, load_exported
 from lowrank_pl.files import write_files
 from lowrank_pl.run_files import as_json
 from lowrank_pl.storage import load_compressed
 from lowrank_pl.terminal import terminal
-from lowrank_pl.timing import median_ms
 
 _DESCRIPTION = """\
 Test the dense network of a finished run, the compressed one, and what `lowrank-pl export` has written into
@@ -29,7 +23,7 @@ not agree with the compressed one. The numbers are also in RUN/evaluation.json.
 
 
 def main() -> None:
-    """Load every form, run it, and print and write what came out."""
+    """Load every form, test it, and print and write what came out."""
     parser = argparse.ArgumentParser(
         prog=sys.argv[0], description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,41 +39,14 @@ def main() -> None:
             "compressed": run.compressed,
             **_exported(run, arguments.trust),
         }
-        results = evaluate(run, networks)
+        results = evaluate(networks, run.data.test_dataloader(), run.images, run.memory_format)
     except (ValueError, FileNotFoundError, ImportError) as error:
         sys.exit(f"lowrank-pl evaluate: {error}")
     write_files({run.directory / "evaluation.json": as_json(results)})
-    terminal().print(_table(results))
+    terminal().print(evaluation_table(results))
     wrong = [name for name, values in results.items() if values.get("difference", 0) > 1e-3]
     if wrong:
         sys.exit(f"lowrank-pl evaluate: {', '.join(wrong)} does not agree with the compressed network: export it again")
-
-
-@torch.no_grad()
-def evaluate(run: Finished, networks: dict[str, Runner]) -> dict[str, dict[str, Any]]:
-    """Accuracy on all test images; for exported forms the largest difference from the compressed network; latency."""
-    right, worst, count = dict.fromkeys(networks, 0), dict.fromkeys(networks, 0.0), 0
-    for images, labels in run.data.test_dataloader():
-        outputs = {name: network(images.contiguous()) for name, network in networks.items()}
-        count += len(labels)
-        for name, logits in outputs.items():
-            right[name] += int((logits.argmax(1) == labels).sum())
-            worst[name] = max(worst[name], disagreement(logits, outputs["compressed"]))
-    results: dict[str, dict[str, Any]] = {name: {"accuracy": right[name] / count} for name in networks}
-    for name in set(networks) - {"dense", "compressed"}:
-        results[name]["difference"] = worst[name]
-    for size in (1, 32):
-        images = run.images(size)
-        own = images.contiguous(memory_format=run.memory_format)
-        calls = [
-            partial(
-                network, own if isinstance(network, torch.nn.Module) and name in ("dense", "compressed") else images
-            )
-            for name, network in networks.items()
-        ]
-        for name, ms in zip(networks, median_ms(calls, "cpu"), strict=True):
-            results[name].setdefault("latency_ms", {})[str(size)] = ms
-    return results
 
 
 def _exported(run: Finished, trusted: bool) -> dict[str, Runner]:
@@ -98,14 +65,3 @@ def _exported(run: Finished, trusted: bool) -> dict[str, Runner]:
     if folder.is_dir():
         found["safetensors"] = load_compressed(run.dense, folder).to(memory_format=run.memory_format).eval()
     return found
-
-
-def _table(results: dict[str, dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, caption=f"Test set; latency: median, CPU, {torch.get_num_threads()} threads.")
-    for column in ("", "accuracy", "difference", "batch 1", "batch 32"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, values in results.items():
-        difference = f"{values['difference']:.1g}" if "difference" in values else ""
-        times = [f"{ms:.2f} ms" for ms in values["latency_ms"].values()]
-        table.add_row(name, f"{100 * values['accuracy']:.2f} %", difference, *times)
-    return table

@@ -15,11 +15,11 @@ LENET, RESNET = ["model=lenet300", "compression.S_D=3"], ["model=resnet20", "mod
 LC = ["compression.steps=5", "compression.growth=2", "compression.mu0=0.1", "reference.epochs=2"]
 SETTINGS = {
     "accumulation": [*LENET, "trainer.max_epochs=4", "trainer.accumulate_grad_batches=3"],
-    "one step per epoch": [*LENET, "trainer.max_epochs=6", "data.batch_size=2000"],
     "validation within epochs": [*LENET, "trainer.max_epochs=3", "+trainer.val_check_interval=0.5"],
-    "factorized first": ["model=lenet300", "compression=direct", "trainer.max_epochs=3", "reference.epochs=2"],
 }
 SLOW = {
+    "one step per epoch": [*LENET, "trainer.max_epochs=6", "data.batch_size=2000"],
+    "factorized first": ["model=lenet300", "compression=direct", "trainer.max_epochs=3", "reference.epochs=2"],
     "bfloat16": [*LENET, "trainer.max_epochs=4", "trainer.precision=bf16-mixed"],
     "batch norm": [*RESNET, "compression.S_D=5", "compression.recalibrate_bn=3", "trainer.max_epochs=3"],
     "lc with batch norm": [*RESNET, "compression=lc", *LC],

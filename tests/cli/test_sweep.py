@@ -74,7 +74,7 @@ def test_another_grid_is_refused_or_added(done: tuple[Path, str]) -> None:
     assert stages(extended.stdout) == [("0", "finished"), ("1", "finished"), ("2", "starts"), ("2", "finished")]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_an_interrupted_sweep_goes_on(number: int, tmp_path: Path) -> None:
     words = [*LC, "compression.lambda_=1,10", "compression.l_step_epochs=5", "--dir", "sweep"]
     with subprocess.Popen(command(*words), cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:

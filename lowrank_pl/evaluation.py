@@ -1,0 +1,58 @@
+"""Forms of one network side by side: dense, compressed, exported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor, nn
+
+from lowrank_pl.exporting import Runner, disagreement
+from lowrank_pl.timing import median_ms
+
+
+@torch.no_grad()
+def evaluate(
+    networks: dict[str, Runner],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    images: Callable[[int], Tensor],
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> dict[str, dict[str, Any]]:
+    """Accuracy over `batches`, and median milliseconds on `images(1)` and `images(32)`, in turns, on the CPU.
+
+    `networks` holds `dense` and `compressed`; every further one is also given its largest difference from
+    `compressed`, of the largest output's size. Modules get their images in `memory_format`, as they were trained.
+    """
+    right, worst, count = dict.fromkeys(networks, 0), dict.fromkeys(networks, 0.0), 0
+    for x, labels in batches:
+        outputs = {name: network(x.contiguous()) for name, network in networks.items()}
+        count += len(labels)
+        for name, logits in outputs.items():
+            right[name] += int((logits.argmax(1) == labels).sum())
+            worst[name] = max(worst[name], disagreement(logits, outputs["compressed"]))
+    results: dict[str, dict[str, Any]] = {name: {"accuracy": right[name] / count} for name in networks}
+    for name in networks.keys() - {"dense", "compressed"}:
+        results[name]["difference"] = worst[name]
+    for size in (1, 32):
+        given = images(size).contiguous()
+        own = given.contiguous(memory_format=memory_format)
+        calls = [partial(network, own if isinstance(network, nn.Module) else given) for network in networks.values()]
+        for name, ms in zip(networks, median_ms(calls), strict=True):
+            results[name].setdefault("latency_ms", {})[str(size)] = ms
+    return results
+
+
+def evaluation_table(results: dict[str, dict[str, Any]]) -> Table:
+    """What `evaluate` found, for a terminal."""
+    table = Table(box=box.SIMPLE_HEAD, caption=f"Test set; latency: median, CPU, {torch.get_num_threads()} threads.")
+    for column in ("", "accuracy", "difference", "batch 1", "batch 32"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, values in results.items():
+        difference = f"{values['difference']:.1g}" if "difference" in values else ""
+        times = [f"{ms:.2f} ms" for ms in values["latency_ms"].values()]
+        table.add_row(name, f"{100 * values['accuracy']:.2f} %", difference, *times)
+    return table
