@@ -45,6 +45,9 @@ class Resumable(Checkpoint):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for logger in _metrics_files(trainer):
             logger.cut(0 if self._state is None else self._state["rows"])
+        if trainer.is_global_zero:
+            for half in self.dirpath.glob(".*.ckpt.*.new"):  # where a run was killed while it wrote
+                half.unlink()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._state is not None:

@@ -115,7 +115,10 @@ def test_force_changes_the_seed_of_everything(run: Path, tmp_path: Path) -> None
 def test_the_checkpoint_before_a_truncated_one_is_taken(run: Path, tmp_path: Path) -> None:
     _, newest = sorted((run / "checkpoints").iterdir(), key=lambda path: int(path.stem.removeprefix("step=")))
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    half = newest.with_name(f".{newest.name}.1234.new")  # of a kill while it was written
+    half.write_bytes(b"")
     assert resume(tmp_path, "trainer.max_epochs=4") == 0, output(tmp_path)
+    assert not half.exists()
     assert f"{newest} cannot be read" in output(tmp_path)
     assert "going on from the one before" in output(tmp_path)
     assert epochs(run) == 4
