@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl.compression import Row
@@ -55,6 +56,7 @@ class Report:
     layers: list[LayerSize]
     device: str
     threads: int
+    uncounted: tuple[str, ...] = ()  # kinds of modules whose MACs the counter does not see
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
@@ -88,7 +90,11 @@ class Report:
 
     def _caption(self) -> str:
         threads = "thread" if self.threads == 1 else "threads"
-        return f"MACs: multiply-adds for one input. Latency: median, {self.device}, {self.threads} {threads}, float32."
+        but = f", without those of {', '.join(self.uncounted)}" if self.uncounted else ""
+        return (
+            f"MACs: multiply-adds for one input{but}. Latency: median, {self.device}, {self.threads} {threads}, "
+            "float32."
+        )
 
     def _totals(self, accuracy: dict[str, tuple[float, float]]) -> list[list[str]]:
         rows = [
@@ -154,7 +160,8 @@ def _report(dense: nn.Module, compressed: nn.Module, trace: Trace, total: tuple[
         sizes = _layer_sizes(name, (layer, compressed.get_submodule(name)), trace, structure, latency)
         layers.append(LayerSize(name, _structure_name(structure), *sizes, entry["notes"].get(name, "")))
     parameter = next(dense.parameters(), torch.zeros(()))
-    return Report(*total, layers, _device_name(parameter.device), torch.get_num_threads())
+    uncounted = sorted({type(module).__name__ for module in dense.modules() if isinstance(module, nn.RNNBase)})
+    return Report(*total, layers, _device_name(parameter.device), torch.get_num_threads(), tuple(uncounted))
 
 
 def print_plan(rows: Sequence[Row], console: Console | None = None) -> None:
@@ -232,14 +239,20 @@ def _runner(module: nn.Module, batch: tuple[Any, ...]) -> Callable[[], Any]:
 
 def _count_macs(module: nn.Module, batch: tuple[Any, ...]) -> int:
     run(module, batch)  # a layer that rebuilds its dense weight has done so before anything is counted
-    with FlopCounterMode(display=False) as counter:
-        run(module, batch)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operation, of which the counter knows nothing
+    try:
+        with FlopCounterMode(display=False) as counter:
+            run(module, batch)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() // 2
 
 
 def _batch(arguments: tuple[Any, ...], size: int) -> tuple[Any, ...]:
     """The arguments with so many inputs, repeated as needed."""
-    return tuple(x[torch.arange(size) % len(x)] if isinstance(x, Tensor) else x for x in arguments)
+    repeat = lambda x: x[torch.arange(size) % len(x)] if x.dim() else x  # noqa: E731
+    return tree_map_only(Tensor, repeat, arguments)
 
 
 def _structure_name(entry: dict[str, Any] | None) -> str:

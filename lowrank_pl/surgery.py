@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,6 +97,8 @@ class Recorder:
     def __init__(self, model: nn.Module) -> None:
         self._trace, self._stack = Trace(), ExitStack()
         self._outputs: dict[int, tuple[str, weakref.ref[Tensor]]] = {}
+        self._inside: list[nn.Module] = []  # whose forward runs, innermost last
+        self._read: set[str] = set()
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, module in [("", model), *model.named_children()]:
@@ -104,13 +107,31 @@ class Recorder:
         for name, layer in find_layers(model).items():
             handle = layer.register_forward_hook(self._listener(name), with_kwargs=True)
             self._stack.callback(handle.remove)
+            layer._parameters = _Watched(layer._parameters, partial(self._hear_read, name, layer))
+            self._stack.callback(_unwatch, layer)
+        for module in model.modules():
+            if module is not model or not hasattr(model, "training_step"):  # whose penalties may read weights
+                self._stack.callback(module.register_forward_pre_hook(self._enter).remove)
+                self._stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 self._stack.callback(module.register_forward_pre_hook(self._hear_norm).remove)
 
     def stop(self) -> Trace:
         self._stack.close()
+        for name in self._read & self._trace.calls.keys():
+            self._trace.odd[name] = "its weight is read by another module, too"
         return self._trace
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self._inside.append(module)
+
+    def _leave(self, *_: Any) -> None:
+        self._inside.pop()
+
+    def _hear_read(self, name: str, layer: nn.Module) -> None:
+        if self._inside and self._inside[-1] is not layer:
+            self._read.add(name)
 
     def _argument_listener(self, name: str) -> Callable[..., None]:
         def hear(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -148,6 +169,23 @@ class Recorder:
         sizes[size] = sizes.get(size, 0) + x.shape[0]
         if name not in self._trace.samples:
             self._trace.samples[name] = x[:SAMPLES].clone()
+
+
+class _Watched(dict[str, Any]):
+    """A module's parameters, which say so when `weight` is read."""
+
+    def __init__(self, parameters: Mapping[str, Any], hear: Callable[[], None]) -> None:
+        super().__init__(parameters)
+        self.hear = hear
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "weight":
+            self.hear()
+        return super().__getitem__(name)
+
+
+def _unwatch(layer: nn.Module) -> None:
+    layer._parameters = dict(layer._parameters)
 
 
 def record(model: nn.Module, example_input: Any) -> Trace:
@@ -200,7 +238,19 @@ def replace_layers(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]
         for name, child in list(parent._modules.items()):
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
+    _leave_fast_paths(model, set(replacements.values()))
     return replacements.get(model, model)
+
+
+def _leave_fast_paths(model: nn.Module, replaced: set[nn.Module]) -> None:
+    """PyTorch's transformer encoders have, for evaluation, a way past their linear layers' forward, straight to the
+    weights; by these attributes they tell when not to take it."""
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and replaced & set(module.modules()):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+            else:
+                module.activation_relu_or_gelu = 0
 
 
 def num_parameters(model: nn.Module) -> int:

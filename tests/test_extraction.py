@@ -10,10 +10,23 @@ from nets import PROJECTIONS, Net, distance, images, weights
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lowrank_pl import SVD, BlockSVD, FixedRank, SpatialSVD, Targets, TiledSVD, compress, make_plan
+from lowrank_pl import (
+    SVD,
+    BlockSVD,
+    FixedRank,
+    SpatialSVD,
+    Targets,
+    TiledSVD,
+    compress,
+    load_compressed,
+    make_plan,
+    save_compressed,
+)
+from lowrank_pl.compression import write_weights_
 from lowrank_pl.decompositions import Chain
 from lowrank_pl.extraction import extract
 from lowrank_pl.layers import TiledLayer
+from lowrank_pl.surgery import record
 
 X = images(2)[0]
 EVERYTHING = Targets(skip_first=False, skip_last=False)
@@ -323,3 +336,51 @@ def test_compiled_networks_are_unwrapped():
     assert type(small) is Net
     assert set(notes(small)) == {"conv1", "conv2", "fc1", "fc2"}
     assert isinstance(small.conv2, nn.Sequential)
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.embed, self.encoder, self.head = nn.Linear(6, 32), nn.TransformerEncoder(layer, 2), nn.Linear(32, 4)
+
+    def forward(self, x, mask=None):
+        return self.head(self.encoder(self.embed(x), src_key_padding_mask=mask)[:, 0])
+
+
+@pytest.mark.parametrize("method", ["svd", TiledSVD(16)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_transformer_encoders_in_evaluation(method, masked, tmp_path):
+    """Where PyTorch's own fast path goes past the layers' forward."""
+    net, x = Encoder().eval(), torch.randn(2, 8, 6)
+    mask = torch.tensor([[False] * 8, [False] * 6 + [True] * 2]) if masked else None
+    small = compress(net, method, FixedRank(4), example_input=x)
+    assert isinstance(net.encoder.layers[0].linear1, nn.Linear)
+    assert not isinstance(small.encoder.layers[1].linear2, nn.Linear)
+    projected = copy.deepcopy(net)
+    plan = make_plan(projected, method, FixedRank(4), trace=record(projected, x))
+    write_weights_(plan, plan.factor(plan.choose_ranks()))
+    save_compressed(small, tmp_path)
+    loaded = load_compressed(Encoder(), tmp_path).eval()
+    with torch.no_grad():
+        expected = projected(x, mask)
+        for model in (small, loaded):
+            assert torch.allclose(model(x, mask), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_layer_whose_weight_another_module_reads_stays_dense():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x))) + self.b.weight.mean()
+
+    net, x = Reads(), torch.randn(2, 32)
+    small = compress(net, "svd", FixedRank(4), EVERYTHING, example_input=x)
+    small(x)
+    assert [name for name, child in small.named_children() if isinstance(child, nn.Linear)] == ["b"]
+    assert notes(small)["b"] == "its weight is read by another module, too"
+    assert type(net.b._parameters) is dict

@@ -222,3 +222,31 @@ def test_plans_are_printed():
     assert "frozen" in text
     assert "spatial_svd of rank 24" in text
     assert f"{sum(copy.deepcopy(m).weight.numel() for m in (net.conv1, net.conv2, net.fc1, net.fc2)):,}" in text
+
+
+def test_attention_is_counted_in_evaluation():
+    """PyTorch's fast path for it is one operation, of which its counter knows nothing."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    report = summarize(layer, layer, torch.randn(3, 8, 32), latency=False)
+    projections, attention, linear = 8 * 4 * 32 * 32, 2 * 8 * 8 * 32, 2 * 8 * 32 * 64
+    assert report.dense.macs == projections + attention + linear
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_what_is_not_counted_is_named():
+    net = nn.LSTM(8, 8)
+    assert "without those of LSTM." in summarize(net, net, torch.randn(3, 2, 8), latency=False).to_markdown()
+
+
+def test_batches_in_dictionaries():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, inputs):
+            return self.fc(inputs["x"]) * inputs["scale"]
+
+    net = Named()
+    report = summarize(net, net, {"x": torch.randn(5, 8), "scale": torch.tensor(2.0)}, latency=False)
+    assert report.dense.macs == report.layers[0].dense.macs == 64
