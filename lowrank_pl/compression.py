@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.choices import resolve, snake_case
-from lowrank_pl.costs import Cost, price
+from lowrank_pl.costs import Cost, charge, price
 from lowrank_pl.decompositions import Cheapest, Constant, Decomposition, Dense, Rank, Structure, chosen, count_weights
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
@@ -70,7 +70,7 @@ class Compression:
     def cost(self, cost: Cost, rank: Rank) -> float:
         """What the layer costs at this rank: the dense layer where the factors would not be cheaper."""
         if any(rank) and not self.is_cheaper(rank):
-            return cost(self.layer)
+            return charge(cost, self.layer)
         return price(cost, self.layer, self.decomposition, rank)
 
     def describe(self, rank: Rank) -> tuple[str, Rank | None]:
@@ -177,6 +177,10 @@ def make_plan(
     trace, layers that never ran stay dense; with `training`, frozen ones do. Raises `ValueError` for a pattern that
     matches no layer.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected argument `model` to be a module but got {model!r:.100}")
+    if not isinstance(targets, (Targets, type(None))):
+        raise TypeError(f"Expected argument `targets` to be Targets(include=[...], ...) but got {targets!r:.100}")
     methods = resolve(method, Decomposition, "method")  # type: ignore[type-abstract]
     rules = resolve(DEFAULT_RANK if rank is None else rank, RankRule, "rank")  # type: ignore[type-abstract]
     layers = find_layers(model)

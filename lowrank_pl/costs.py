@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -169,13 +170,25 @@ def resolve_cost(cost: Any, argument: str = "cost") -> Cost:
     return cost
 
 
+def charge(cost: Cost, layer: LayerSpec) -> float:
+    """What one stage costs. Raises `ValueError` for a function that does not give a finite number of at least 0."""
+    value: Any = cost(layer)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"Expected argument `cost` to give a number of at least 0 but it gave {value!r} for {layer}")
+    return number
+
+
 def price(cost: Cost, layer: LayerSpec, decomposition: Decomposition, rank: Rank) -> float:
     """What a layer costs as this structure; at rank 0 nothing."""
     if not any(rank):
         return 0.0
     if isinstance(cost, Latency):  # the stages' times do not simply add up
         return cost.of_structure(layer, *chosen(decomposition, rank))
-    return float(sum(cost(stage) for stage in decomposition.stages(layer, rank)))
+    return sum(charge(cost, stage) for stage in decomposition.stages(layer, rank))
 
 
 @cache

@@ -48,7 +48,9 @@ def evaluate(
 
 def evaluation_table(results: dict[str, dict[str, Any]]) -> Table:
     """What `evaluate` found, for a terminal."""
-    table = Table(box=box.SIMPLE_HEAD, caption=f"Test set; latency: median, CPU, {torch.get_num_threads()} threads.")
+    threads = torch.get_num_threads()
+    caption = f"Test set; latency: median, CPU, {threads} thread{'s' if threads > 1 else ''}."
+    table = Table(box=box.SIMPLE_HEAD, caption=caption)
     for column in ("", "accuracy", "difference", "batch 1", "batch 32"):
         table.add_column(column, justify="right" if column else "left")
     for name, values in results.items():

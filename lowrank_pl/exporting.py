@@ -44,9 +44,17 @@ def export(net: nn.Module, images: Tensor, path: str | Path) -> float:
 
 
 def load_exported(path: str | Path) -> Runner:
-    """What runs an exported file on the CPU. A `.pt2` file can hold pickles: open only those that you made."""
+    """What runs an exported file on the CPU. A `.pt2` file can hold pickles: open only those that you made.
+
+    Raises `ValueError` for a damaged file.
+    """
     path = Path(path)
-    return _pt2_runner(path) if path.suffix == ".pt2" else _onnx_runner(path.read_bytes())
+    try:
+        return _pt2_runner(path) if path.suffix == ".pt2" else _onnx_runner(path.read_bytes())
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # each reader has its own
+        raise ValueError(f"{path} cannot be read ({str(error)[:200]}): export it again") from error
 
 
 def disagreement(outputs: Tensor, expected: Tensor) -> float:

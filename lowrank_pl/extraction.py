@@ -38,7 +38,10 @@ def compress(
     order of running, and the copy is verified on the layers' real inputs. Without it the order of registration counts,
     and a layer whose weight another module reads directly is recognized only inside `nn.MultiheadAttention`.
     """
-    trace = None if example_input is None else record(model, example_input)
+    try:
+        trace = None if example_input is None else record(model, example_input)
+    except Exception as error:
+        raise ValueError(f"The model does not run on argument `example_input`: {error}") from error
     plan = make_plan(model, method, rank, targets, trace)
     return extract(model, plan, plan.factor(plan.choose_ranks()), trace)
 
@@ -107,10 +110,10 @@ def extracted_part(whole: nn.Module, name: str) -> nn.Module:
 
 
 def _sample(layer: nn.Module, kernel: tuple[int, ...], recorded: Tensor | None) -> Tensor:
-    """Recorded inputs, or random ones just large enough for the kernel."""
+    """Recorded inputs, or, where there are none or not finite ones, random ones just large enough for the kernel."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    if recorded is not None:
+    if recorded is not None and torch.isfinite(recorded).all():
         return recorded.to(weight.device)
     generator = torch.Generator().manual_seed(0)
     if isinstance(layer, nn.Linear):

@@ -130,6 +130,15 @@ def summarize(dense: nn.Module, compressed: nn.Module, example_input: Any = None
     PyTorch's own counter on its first element. Without it, or with `latency=False`, nothing is timed. Both networks
     are left as they were.
     """
+    for argument, network in (("dense", dense), ("compressed", compressed)):
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"Expected argument `{argument}` to be a module but got {network!r:.100}")
+    missing = find_layers(dense).keys() - {name for name, _ in compressed.named_modules()}
+    if missing:
+        raise ValueError(
+            f"Expected argument `compressed` to be a copy of `dense`, made by compress() or ExtractStructure, but it "
+            f"has no {min(missing)!r}; the dense network comes first"
+        )
     if example_input is None:
         return summarize_layers(dense, compressed, Trace())
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)

@@ -40,6 +40,8 @@ def save_compressed(model: nn.Module, dirpath: str | Path) -> None:
     structure = {"format": FORMAT, **record}
     structure["sha256"] = checksum(weights, structure)
     folder = Path(dirpath)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"Expected argument `dirpath` to be a folder but {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
     write_files({
         folder / "model.safetensors": weights,

@@ -8,11 +8,12 @@ from cases import DECOMPOSITIONS, LAYERS, make_layer, some_ranks, spec_on, suppo
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_pl import costs
+from lowrank_pl import CostBudget, CostPenalty, GreedyEnergy, compress, costs
 from lowrank_pl.costs import Latency, Macs, Params, price, resolve_cost
 from lowrank_pl.decompositions import SVD, Cheapest, TiledSVD, Tucker2
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import TiledLayer, spec_of
+from lowrank_pl.models import LeNet300
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 PAIRS = [(d, name) for d in DECOMPOSITIONS for name in LAYERS if supports(d, make_layer(name)[0])]
@@ -135,3 +136,11 @@ def test_bad_arguments(arguments):
         Latency(**arguments)
     with pytest.raises(ValueError, match="seen to run"):
         Latency()(spec_of(nn.Linear(3, 4)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, None, "much"])
+@pytest.mark.parametrize("rule", [lambda cost: CostBudget(cost, 0.5), lambda cost: GreedyEnergy(cost, 0.5),
+                                  lambda cost: CostPenalty(1e-3, cost)])  # fmt: skip
+def test_a_cost_that_is_no_number(rule, value):
+    with pytest.raises(ValueError, match="`cost` to give a number of at least 0 but it gave"):
+        compress(LeNet300(), "svd", rule(lambda layer: value))

@@ -101,3 +101,13 @@ def test_bad_arguments(tmp_path: Path) -> None:
         export(net, IMAGES, tmp_path / "model.pth")
     with pytest.raises(ValueError, match="at least 2 images"):
         export(net, IMAGES[:1], tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_a_damaged_file_is_named(suffix: str, tmp_path: Path) -> None:
+    assert suffix == ".pt2" or has_onnx()
+    file = tmp_path / f"model{suffix}"
+    export(LeNet5(input_shape=(3, 16, 16)).eval(), IMAGES, file)
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=f"model{suffix} cannot be read"):
+        load_exported(file)

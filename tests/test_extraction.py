@@ -384,3 +384,8 @@ def test_a_layer_whose_weight_another_module_reads_stays_dense():
     assert [name for name, child in small.named_children() if isinstance(child, nn.Linear)] == ["b"]
     assert notes(small)["b"] == "its weight is read by another module, too"
     assert type(net.b._parameters) is dict
+
+
+def test_an_example_that_is_not_finite_is_not_verified_on():
+    x = torch.full_like(X, torch.nan)
+    assert isinstance(compress(Net(), "svd", RANK, example_input=x).fc1, nn.Sequential)

@@ -250,3 +250,11 @@ def test_batches_in_dictionaries():
     net = Named()
     report = summarize(net, net, {"x": torch.randn(5, 8), "scale": torch.tensor(2.0)}, latency=False)
     assert report.dense.macs == report.layers[0].dense.macs == 64
+
+
+def test_networks_in_the_wrong_order():
+    net = Net()
+    with pytest.raises(ValueError, match="the dense network comes first"):
+        summarize(compress(net, "svd", RANK), net, X)
+    with pytest.raises(TypeError, match="`compressed` to be a module"):
+        summarize(net, 3, X)

@@ -97,6 +97,12 @@ def test_an_unknown_method_lists_the_known_ones() -> None:
         compress(LeNet300(), "svdd")
     with pytest.raises(TypeError, match="FixedRank"):
         compress(LeNet300(), "svd", rank=8)
+    with pytest.raises(TypeError, match="`targets` to be Targets"):
+        compress(LeNet300(), "svd", targets=["fc1"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`model` to be a module"):
+        compress(LeNet300)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="does not run on argument `example_input`"):
+        compress(LeNet300(), example_input=torch.zeros(1, 5))
     with pytest.raises(ValueError, match="CompressionRatio"):
         compress(LeNet300(), "svd", rank="compression_ratio")
 

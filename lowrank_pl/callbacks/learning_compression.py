@@ -251,12 +251,16 @@ class LearningCompression(CompressionCallback):
 
     def _warn_of_zeros(self, plan: Plan) -> None:
         assert self.state is not None
-        if any(any(rank) for rank in self.state.ranks.values()) or not isinstance(self.rule, CostPenalty):
+        ranks = self.state.ranks
+        zero = [c for c in plan.compressions if not any(ranks[c.name])]
+        factorized = [c for c in plan.compressions if any(ranks[c.name]) and c.is_cheaper(ranks[c.name])]
+        if factorized or not zero or not isinstance(self.rule, CostPenalty):
             return
-        some, every = least_mu(plan, self.rule, self.state.scales)
+        some, every = least_mu(Plan(zero, {}, {}), self.rule, self.state.scales)
+        but = "" if len(zero) == len(plan.compressions) else " that does not stay dense"
         warnings.warn(
-            f"Every layer has rank 0 at mu0 = {self.mu0:g}: lambda_ = {self.rule.lambda_:g} outweighs all weights. "
-            f"With mu0 above {some:.2g} at least one layer has not, with mu0 above {every:.2g} none has",
+            f"Every layer{but} has rank 0 at mu0 = {self.mu0:g}: lambda_ = {self.rule.lambda_:g} outweighs all "
+            f"weights. With mu0 above {some:.2g} at least one layer has not, with mu0 above {every:.2g} none has",
             stacklevel=2,
         )
 

@@ -40,7 +40,12 @@ def check_targets(config: Any, allow: Iterable[str] = ()) -> None:
     """
     exact, modules = set(_EXACT), set(_MODULES)
     for name in allow:
-        found = _find(name, {name.partition(".")[0]})
+        try:
+            found = _find(name, {name.partition(".")[0]})
+        except (ImportError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"--allow {name}: {error}. Expected the full name of a class, function or module"
+            ) from error
         (modules if isinstance(found, ModuleType) else exact).add(_true_name(found))
     roots = {name.partition(".")[0] for name in (*exact, *modules)}
     for key, name in _targets(OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config):
@@ -51,6 +56,8 @@ def _check(key: str, name: Any, roots: set[str], exact: set[str], modules: set[s
     reason = "is not on the list of what a stored config may call"
     try:
         found = _find(name, roots)
+    except _NotListed:
+        found = None
     except (ImportError, AttributeError, TypeError) as error:
         found, reason = None, f"was not found ({error})"
     true_name = _true_name(found)
@@ -64,12 +71,16 @@ def _check(key: str, name: Any, roots: set[str], exact: set[str], modules: set[s
     )
 
 
+class _NotListed(ImportError):
+    """Its package is not looked into."""
+
+
 def _find(name: Any, roots: set[str]) -> Any:
     if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
         raise TypeError(f"expected a dotted name, got {name!r}")
     root, *parts = name.split(".")
     if root not in roots:
-        raise ImportError(f"{root} is not among {', '.join(sorted(roots))}")
+        raise _NotListed(f"no name that begins with {root} is on the list")
     found: Any = import_module(root)
     path = root
     for part in parts:

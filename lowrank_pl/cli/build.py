@@ -24,6 +24,7 @@ def build(config: DictConfig, references: str | Path | None) -> Recipe:
             f"Expected `trainer.devices` to be 1 but got {config.trainer.devices}: the command line trains on one "
             "device. On several, use the callbacks in a Trainer of your own"
         )
+    _check_numbers(config)
     make = partial(instantiate, _convert_="all")
     pl.seed_everything(config.seed, verbose=False)
     data = make(config.data)
@@ -53,6 +54,14 @@ def build(config: DictConfig, references: str | Path | None) -> Recipe:
         checkpoint_every=config.checkpoint_every,
         hyperparameters=dict(flat(OmegaConf.to_container(config))),
     )
+
+
+def _check_numbers(config: DictConfig) -> None:
+    """Of what Lightning takes as it comes, and stumbles over later."""
+    for key in ("seed", "trainer.max_epochs", "trainer.max_steps"):
+        value = OmegaConf.select(config, key)
+        if type(value) is not int and (value is not None or key == "seed"):
+            raise ValueError(f"Expected `{key}` to be a whole number but got {value!r}")
 
 
 def _training(config: DictConfig) -> Training | None:

@@ -40,10 +40,10 @@ def main() -> None:
             **_exported(run, arguments.trust),
         }
         results = evaluate(networks, run.data.test_dataloader(), run.images, run.memory_format)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+        terminal().print(evaluation_table(results))
+        write_files({run.directory / "evaluation.json": as_json(results)})
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"lowrank-pl evaluate: {error}")
-    write_files({run.directory / "evaluation.json": as_json(results)})
-    terminal().print(evaluation_table(results))
     wrong = [name for name, values in results.items() if values.get("difference", 0) > 1e-3]
     if wrong:
         sys.exit(f"lowrank-pl evaluate: {', '.join(wrong)} does not agree with the compressed network: export it again")

@@ -28,18 +28,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="the file (for safetensors: the folder); default: in RUN/exported/")
     parser.add_argument("--allow", metavar="NAME", action="append", default=[], help="as for `lowrank-pl resume`")
     arguments = parser.parse_args()
-    place = arguments.output or arguments.run / "exported" / f"model{SUFFIXES.get(arguments.to, '')}"
+    suffix = SUFFIXES.get(arguments.to, "")
+    place = arguments.output or arguments.run / "exported" / f"model{suffix}"
+    if suffix and (place.is_dir() or str(arguments.output).endswith("/")):
+        place = place / f"model{suffix}"
     said = ""
     try:
         run = Finished.open(arguments.run, arguments.allow)
         if arguments.to == "safetensors":
             save_compressed(run.compressed, place)
         else:
-            difference = export(run.compressed, run.images(32), place.with_suffix(SUFFIXES[arguments.to]))
-            place = place.with_suffix(SUFFIXES[arguments.to])
+            place = place.with_suffix(suffix)
+            difference = export(run.compressed, run.images(32), place)
             seal(place)
             said = f", within {difference:.1g} of the network on 32 test images"
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"lowrank-pl export: {error}")
     size = sum(file.stat().st_size for file in (place.iterdir() if place.is_dir() else [place]))
     terminal().print(f"{place}: {size / 1e6:.2f} MB{said}", highlight=False, soft_wrap=True)

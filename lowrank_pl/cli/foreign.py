@@ -65,13 +65,12 @@ def check_foreign(words: list[str]) -> tuple[bool, dict[str, str]]:
 
 
 def _refuse_hydra(file: Path, folder: Path) -> None:
+    inner = file.relative_to(folder).parts
+    if ".hydra" in inner or file.name == "multirun.yaml":
+        raise ValueError(f"{file} is what a run has left: keep your configs in a folder without runs")
     text = file.read_text()
     values: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    if (
-        "@package hydra" in text
-        or "hydra" in file.relative_to(folder).parts
-        or (isinstance(values, dict) and "hydra" in values)
-    ):
+    if "@package hydra" in text or "hydra" in inner or (isinstance(values, dict) and "hydra" in values):
         raise ValueError(f"{file} changes settings of Hydra. If you wrote it, add --trust")
 
 

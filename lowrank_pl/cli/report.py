@@ -31,9 +31,12 @@ def main() -> None:
     if not entries:
         sys.exit(f"lowrank-pl report: no run (a folder with run.json) in {', '.join(map(str, arguments.folders))}")
     output = (arguments.output or arguments.folders[0]).absolute()
-    output.mkdir(parents=True, exist_ok=True)
-    texts = {"runs.csv": to_csv(entries), "runs.md": to_markdown(entries), "runs.html": page(entries)}
-    write_files({output / name: text.encode() for name, text in texts.items()})
     console = terminal()
     console.print(overview_tables(entries))
+    texts = {"runs.csv": to_csv(entries), "runs.md": to_markdown(entries), "runs.html": page(entries)}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_files({output / name: text.encode() for name, text in texts.items()})
+    except OSError as error:
+        sys.exit(f"lowrank-pl report: {error}; --output DIR writes elsewhere")
     console.print(f"The page: {output / 'runs.html'}", highlight=False, soft_wrap=True)

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf.errors import OmegaConfBaseException
+from hydra.errors import HydraException
 
 from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.build import build
 from lowrank_pl.cli.configs import change, protected, read_stored, stored
 from lowrank_pl.cli.reach import out_of_reach
-from lowrank_pl.cli.session import session
+from lowrank_pl.cli.session import WHILE_BUILDING, WHILE_TRAINING, in_words, session
 from lowrank_pl.files import write_files
 from lowrank_pl.runs import Run, execute
 from lowrank_pl.terminal import terminal
@@ -49,14 +49,24 @@ def main() -> None:
                 return
             lines = _show(run, changed, arguments.force)
             recipe = build(config, config.paths.references)
-        except (ValueError, TypeError, OSError, RuntimeError, OmegaConfBaseException) as error:
-            sys.exit(f"lowrank-pl resume: {error}")
+        except (*WHILE_BUILDING, HydraException) as error:
+            sys.exit(f"lowrank-pl resume: {in_words(error)}")
+        before = {run.directory / name: (run.directory / name).read_bytes() for name in ("config.yaml", "run.json")}
         if changed:
             history = [*run.facts.get("resumed", []), {"overrides": shlex.join(arguments.values), "changed": lines}]
             run.record(done=_still_done(run, changed), status="running", resumed=history)
             write_files({run.directory / "config.yaml": stored(config).encode()})
-        with run.recorded():
-            execute(run, recipe, stop)
+        reached = _reached(run)
+        try:
+            with run.recorded():
+                execute(run, recipe, stop)
+        except Exception as error:
+            back = bool(changed) and _reached(run) == reached  # such values never trained: the run does without them
+            if back:
+                write_files(before)
+            if not isinstance(error, WHILE_TRAINING):
+                raise
+            sys.exit(f"lowrank-pl resume: {in_words(error)}" + ("\nThe run's config is as it was." if back else ""))
 
 
 def _show(run: Run, changed: dict[str, tuple[Any, Any]], force: bool) -> list[str]:
@@ -72,6 +82,11 @@ def _show(run: Run, changed: dict[str, tuple[Any, Any]], force: bool) -> list[st
             "run, or add --force"
         )
     return lines
+
+
+def _reached(run: Run) -> tuple[list[str], set[Path]]:
+    """What the run has come to: stages and checkpoints."""
+    return run.facts["done"], set(run.directory.glob("**/*.ckpt"))
 
 
 def _still_done(run: Run, changed: dict[str, Any]) -> list[str]:

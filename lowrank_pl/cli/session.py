@@ -8,7 +8,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hydra.errors import InstantiationException
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
 from lowrank_pl.runs import Interrupted, Stop
+
+# What a user can mend, and is told in a few lines without a trace: while a run is built, and while it is trained, where
+# other errors are more likely those of a program.
+WHILE_BUILDING = (ValueError, TypeError, OSError, RuntimeError, InstantiationException, OmegaConfBaseException)
+WHILE_TRAINING = (ValueError, OSError, MisconfigurationException)
 
 
 @contextmanager
@@ -24,3 +33,9 @@ def session() -> Iterator[Stop]:
         assert stop.signal is not None
         sys.stderr.write("Interrupted; `lowrank-pl resume` with the run's directory goes on with it.\n")
         sys.exit(128 + stop.signal)
+
+
+def in_words(error: BaseException) -> str:
+    """The message; of a configured object that could not be made, its own, with the key."""
+    cause, key = error.__cause__, str(error).rpartition("full_key: ")[2]
+    return f"`{key}`: {cause}" if isinstance(error, InstantiationException) and cause is not None else str(error)

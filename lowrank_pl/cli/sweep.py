@@ -47,7 +47,7 @@ def main() -> None:
         jobs = expand(arguments.grid, arguments.config_dir, (arguments.config_name or ["train"])[-1])
         sweep = Sweep.open(arguments.dir or Path("sweeps") / key_of(jobs), jobs, arguments.extend)
         code = sweep.run(arguments.jobs, options, lambda line: print(line, flush=True))  # noqa: T201
-    except (ValueError, HydraException) as error:
+    except (ValueError, OSError, HydraException) as error:
         sys.exit(f"lowrank-pl sweep: {error}")
     entries = gather([sweep.directory])
     for entry in entries:

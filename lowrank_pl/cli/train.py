@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -14,7 +17,7 @@ from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.build import build
 from lowrank_pl.cli.configs import links, mirrored, resolved, stored
 from lowrank_pl.cli.foreign import check_foreign, options_first, take_options
-from lowrank_pl.cli.session import session
+from lowrank_pl.cli.session import WHILE_BUILDING, WHILE_TRAINING, in_words, session
 from lowrank_pl.runs import Run, execute
 
 
@@ -38,13 +41,26 @@ def main() -> None:
 
 
 def _run(config: DictConfig, allow: list[str] | None, linked: dict[str, str]) -> None:
-    job, complete = HydraConfig.get(), resolved(config)
-    if allow is not None:
-        check_targets(complete, allow)
+    job = HydraConfig.get()
     with session() as stop:
-        overrides = list(job.overrides.task)
-        text = stored(complete)
-        run = Run.start(job.runtime.output_dir, text, overrides, complete.seed, {**linked, **links(config)})
-        in_sweep = Path(job.sweep.dir) / "references" if job.mode == RunMode.MULTIRUN else None
+        with _in_a_line(*WHILE_BUILDING):
+            complete = resolved(config)
+            if allow is not None:
+                check_targets(complete, allow)
+            overrides, linked = list(job.overrides.task), {**linked, **links(config)}
+            run = Run.start(job.runtime.output_dir, stored(complete), overrides, complete.seed, linked)
         with run.recorded():
-            execute(run, build(complete, complete.paths.references or in_sweep), stop)
+            with _in_a_line(*WHILE_BUILDING):
+                in_sweep = Path(job.sweep.dir) / "references" if job.mode == RunMode.MULTIRUN else None
+                recipe = build(complete, complete.paths.references or in_sweep)
+            with _in_a_line(*WHILE_TRAINING):
+                execute(run, recipe, stop)
+
+
+@contextmanager
+def _in_a_line(*kinds: type[Exception]) -> Iterator[None]:
+    """These errors without their trace, which HYDRA_FULL_ERROR=1 shows."""
+    try:
+        yield
+    except kinds as error:
+        raise CompactHydraException(in_words(error)) from error

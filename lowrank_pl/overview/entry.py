@@ -127,6 +127,8 @@ def _read(path: Path, name: str) -> Entry:
         entry.status, entry.command = facts["status"], str(facts.get("command", ""))
         if entry.status == "running" and not is_running(path):
             entry.status = "stopped"
+        if entry.status == "failed" and facts.get("error"):
+            entry.problem = f"failed: {' '.join(str(facts['error']).split())}"[:120]
         entry.text = (path / "config.yaml").read_text()
         config = yaml.load(entry.text, _LOADER)
         entry.config = config if isinstance(config, dict) else {}

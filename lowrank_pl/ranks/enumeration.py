@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from lowrank_pl.costs import Cost, price
+from lowrank_pl.costs import Cost, charge, price
 from lowrank_pl.decompositions import Decomposition, Rank, alternatives, count_weights
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem
@@ -74,7 +74,7 @@ def total_cost(layers: Sequence[LayerSpec], cost: Cost) -> float:
 
 @cache
 def _dense_cost(layer: LayerSpec, cost: Cost) -> float:
-    return float(cost(layer))
+    return charge(cost, layer)
 
 
 @cache

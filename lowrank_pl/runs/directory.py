@@ -73,14 +73,15 @@ class Run:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Whatever happens inside is written down as the run's status."""
+        self.facts.pop("error", None)
         self.record(status="running")
         try:
             yield
         except (KeyboardInterrupt, SystemExit, Interrupted):
             self.record(status="interrupted")
             raise
-        except BaseException:
-            self.record(status="failed")
+        except BaseException as error:
+            self.record(status="failed", error=str(error)[:1000] or type(error).__name__)
             raise
         self.record(status="finished")
 

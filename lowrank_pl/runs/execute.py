@@ -145,7 +145,13 @@ class _Execution:
             default_root_dir=str(directory),
             **length,
         )
-        trainer.fit(module, self.recipe.data, ckpt_path=newest_checkpoint(checkpoints))
+        newest = newest_checkpoint(checkpoints)
+        try:
+            trainer.fit(module, self.recipe.data, ckpt_path=newest)
+        except RuntimeError as error:
+            if newest is not None and "loading state_dict" in str(error):
+                raise ValueError(f"{newest} is of another network than the config ({str(error)[:300]} ...)") from error
+            raise
         self.check()
 
     def test(self, net: nn.Module) -> dict[str, float]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import pickle
 import random
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -156,23 +154,23 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that can be read; warns of newer ones that cannot."""
-    for path in checkpoints(folder):
+    """The newest checkpoint that can be read; warns of newer ones that cannot.
+
+    Raises `ValueError` if there are some and none can be read.
+    """
+    found = checkpoints(folder)
+    for path in found:
         try:
             torch.load(path, map_location="cpu", weights_only=True)
-        except (
-            OSError,
-            EOFError,
-            RuntimeError,
-            ValueError,
-            KeyError,
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-        ) as error:
+        except Exception as error:  # of many kinds: the file may hold anything
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            warnings.warn(f"{path} cannot be read ({reason}): going on from the one before", stacklevel=2)
+            last = path == found[-1]
+            warnings.warn(f"{path} cannot be read ({reason}){'' if last else ': going on from the one before'}",
+                          stacklevel=2)  # fmt: skip
         else:
             return path
+    if found:
+        raise ValueError(f"no checkpoint in {folder} can be read: remove them to start from the beginning")
     return None
 
 

@@ -315,6 +315,17 @@ def test_rank_0_is_extracted_as_a_constant(tmp_path):
     assert extract.extracted(images(1)[0]).shape == (SIZE, 4)
 
 
+def test_zeros_beside_layers_that_stay_dense_are_warned_of(tmp_path):
+    def cost(layer):  # the convolution costs nothing, and stays as it is
+        return layer.macs if layer.kind == "linear" else 0
+
+    callback = LearningCompression(1e5, cost=cost, steps=2, mu0=1e-6, growth=1.1, l_step_epochs=1)
+    with pytest.warns(UserWarning, match="Every layer that does not stay dense has rank 0 at mu0 = 1e-06"):
+        fit(tmp_path, callback)
+    assert callback.state.ranks["net.fc1"] == (0,)
+    assert callback.state.ranks["net.conv2"] != (0,)
+
+
 def test_momentum_is_cleared_and_large_steps_are_warned_of(tmp_path):
     callback = LearningCompression(30.0, steps=3, mu0=10.0, growth=2.0, l_step_epochs=1, clear_momentum=True)
     counts = []

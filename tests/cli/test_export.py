@@ -51,6 +51,8 @@ def test_every_form_agrees(run: Path, tmp_path: Path) -> None:
 def test_another_file_by_name(run: Path, tmp_path: Path) -> None:
     assert finish("export", "run", "--to", "pt2", "--output", "out/small.pt2", folder=tmp_path) == 0
     assert (tmp_path / "out" / "small.pt2").stat().st_size > 0
+    assert finish("export", "run", "--to", "pt2", "--output", "out", folder=tmp_path) == 0
+    assert (tmp_path / "out" / "model.pt2").stat().st_size > 0
 
 
 def test_an_export_of_another_network_is_noticed(run: Path, tmp_path: Path) -> None:
@@ -82,7 +84,10 @@ def test_a_foreign_pt2_is_not_opened(run: Path, tmp_path: Path) -> None:
         (lambda run: (run / "dense.safetensors").unlink(), "dense.safetensors"),
         (lambda run: (run / "compressed" / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors"),
         (lambda run: (run / "run.json").write_text('{"status": "interrupted", "links": {}, "done": []}'), "resume"),
-        (lambda run: (run / "config.yaml").write_text("model: {net: {_target_: os.system}}"), "os is not among"),
+        (
+            lambda run: (run / "config.yaml").write_text("model: {net: {_target_: os.system}}"),
+            "os.system' is not on the list",
+        ),
     ],
 )
 def test_what_is_no_finished_run_is_refused(damage, message: str, run: Path, tmp_path: Path) -> None:

@@ -91,6 +91,9 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
         (["train", "compression.S_D=0"], "S_D"),
         (["train", "data=arrays", "data.file=nothing.npz"], "nothing.npz"),
         (["train", "trainer.devices=2"], "trainer.devices"),
+        (["train", "trainer.max_epochs=two"], "Expected `trainer.max_epochs` to be a whole number but got 'two'"),
+        (["train", "rank.x=0"], "`compression.rank`: Expected argument `x`"),
+        (["train", "model.weights=missing.safetensors"], "missing.safetensors: set `model.weights`"),
         (["bench", "nothing"], "projection_vgg16"),
     ],
 )
@@ -98,3 +101,5 @@ def test_bad_input_is_named(arguments: list[str], message: str, tmp_path: Path) 
     code, output = lowrank_pl(*arguments, folder=tmp_path)
     assert code != 0
     assert message in output
+    assert "Traceback" not in output
+    assert 'File "' not in output

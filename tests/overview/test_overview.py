@@ -110,11 +110,14 @@ def test_unfinished_and_damaged_runs_are_said_to_be_so(runs: Path) -> None:
     (unfinished / "report.json").unlink()
     facts = json.loads((unfinished / "run.json").read_text())
     (unfinished / "run.json").write_text(json.dumps({**facts, "status": "running"}))
+    failed = make_run(runs / "i")
+    (failed / "run.json").write_text(json.dumps({**facts, "status": "failed", "error": "the disk\nis full"}))
     entries = gather([runs])
-    assert len(entries) == 12
+    assert len(entries) == 13
     status = {e.name: e.problem or e.status for e in entries}
     assert status["h"] == "stopped"  # by whatever: no process works on it
     assert "run.json is not JSON" in status["a"]
+    assert status["i"] == "failed: the disk is full"
     for text in (to_csv(entries), to_markdown(entries), page(entries)):
         assert "stopped" in text
 
