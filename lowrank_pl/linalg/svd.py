@@ -102,14 +102,14 @@ def _short_side_first(matrix: Tensor) -> Tensor:
 
 
 def _gram(matrix: Tensor, parts: int = 4) -> Tensor:
-    """`matrix @ matrix.mT`; of a large one only the blocks on and above the diagonal, which are all that is read."""
+    """`matrix @ matrix.mT`; of a large one only the blocks on and below the diagonal, which are all that is read."""
     rows = matrix.shape[-2]
     if rows < 256:
         return matrix @ matrix.mT
     gram = matrix.new_zeros(*matrix.shape[:-2], rows, rows)
     for i in range(parts):
         first, last = i * rows // parts, (i + 1) * rows // parts
-        gram[..., first:last, first:] = matrix[..., first:last, :] @ matrix[..., first:, :].mT
+        gram[..., first:last, :last] = matrix[..., first:last, :] @ matrix[..., :last, :].mT
     return gram
 
 
@@ -120,9 +120,9 @@ def _gram_eigh(matrix: Tensor, vectors: bool = True) -> tuple[Tensor, Tensor]:
     _check_finite(gram.diagonal(dim1=-2, dim2=-1))  # where every entry's square is summed up
     try:
         if vectors:
-            values, basis = torch.linalg.eigh(gram, UPLO="U")
+            values, basis = torch.linalg.eigh(gram)  # of the lower triangle, faster than of the upper one
         else:
-            values, basis = torch.linalg.eigvalsh(gram, UPLO="U"), gram.new_empty(0)
+            values, basis = torch.linalg.eigvalsh(gram), gram.new_empty(0)
     except torch.linalg.LinAlgError:
         left, singular, _ = _svd(matrix, full=True)
         missing = matrix.shape[-2] - singular.shape[-1]
