@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def mirrored(words: list[str], linked: dict[str, str]) -> list[str]:
     return [*words, *more]
 
 
-def protected(changed: dict[str, Any]) -> list[str]:
+def protected(changed: Iterable[str]) -> list[str]:
     """Those of the changed keys that make it another run."""
     return [key for key in changed if any(key == part or key.startswith(f"{part}.") for part in _PROTECTED)]
 

@@ -85,6 +85,27 @@ class Run:
             raise
         self.record(status="finished")
 
+    @contextmanager
+    def changed(self, config: str, **facts: Any) -> Iterator[None]:
+        """Inside, with another config and these facts; both are taken back if an error ends it before a stage is done
+        or a checkpoint written, so that values with which nothing can be trained do not stay."""
+        files = [self.directory / name for name in ("config.yaml", "run.json")]
+        before = {path: path.read_bytes() for path in files if path.is_file()}
+        self.record(**facts)
+        write_files({files[0]: config.encode()})
+        reached = self._reached()
+        try:
+            yield
+        except Interrupted:
+            raise
+        except Exception:
+            if self._reached() == reached:
+                write_files(before)
+            raise
+
+    def _reached(self) -> tuple[list[str], set[Path]]:
+        return self.facts["done"], set(self.directory.glob("**/*.ckpt"))
+
     def record(self, **facts: Any) -> None:
         """Add to what `run.json` says."""
         self.facts |= facts

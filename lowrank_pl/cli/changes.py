@@ -1,0 +1,52 @@
+"""What changed values mean for a run that goes on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lowrank_pl.cli.configs import protected
+from lowrank_pl.runs import checkpoints
+
+
+def show(changed: Mapping[str, tuple[Any, Any]], directory: Path, force: bool) -> list[str]:
+    """Print what is changed, and return it; `ValueError` for what makes it another run."""
+    notes = _out_of_reach(changed, directory)
+    lines = [
+        f"{key}: {old} -> {new}" + (f"  ({notes[key]})" if key in notes else "") for key, (old, new) in changed.items()
+    ]
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    if protected(changed) and not force:
+        raise ValueError(
+            f"{', '.join(protected(changed))}: the model, data, method and seed make the run what it is. Start another "
+            "run, or add --force"
+        )
+    return lines
+
+
+def still_done(done: list[str], changed: Iterable[str]) -> list[str]:
+    """The stages that a change leaves as they are."""
+    parts = {key.partition(".")[0] for key in changed} - {"report_train", "logger"}
+    return [stage for stage in done if not parts or (stage == "fit" and parts == {"finetune"})]
+
+
+def _out_of_reach(changed: Iterable[str], directory: Path) -> dict[str, str]:
+    """What to say beside a key whose old value lives in the run's files."""
+    notes = {}
+    for key in changed:
+        stage = {"finetune": directory / "finetune", "reference": directory / "reference"}.get(key.partition(".")[0])
+        started = bool(checkpoints((stage or directory) / "checkpoints"))
+        if key.startswith("reference.") and (directory / "reference.safetensors").is_file():
+            notes[key] = "has no effect: the reference is trained"
+        elif key == "model.weights" and started:
+            notes[key] = "has no effect: weights are in the checkpoint"
+        elif started and (key.startswith("optimizer.") or ".optimizer." in key):
+            notes[key] = "has no effect: the optimizer's settings are in the checkpoint"
+        elif started and (key.startswith("scheduler.") or ".scheduler." in key or key in _LENGTHS):
+            notes[key] = "the schedule goes on as if it had been so from the start"
+    return notes
+
+
+_LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "finetune.epochs")
