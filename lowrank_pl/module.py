@@ -65,7 +65,7 @@ class Classifier(LightningModule):
         self.on_train_epoch_start()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["train_sums"] = [self.train_loss.compute(), self.train_images.compute()]
+        checkpoint["train_sums"] = [self.train_loss.sum_value, self.train_images.sum_value]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]:
