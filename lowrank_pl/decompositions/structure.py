@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import ConstantLayer, Run, TiledLayer, as_stored, build, build_with
+from lowrank_pl.linalg import product_dtype
 
 Rank = tuple[int, ...]
 
@@ -140,11 +141,12 @@ class Chain(Structure):
         return count_macs(self.stages)
 
     def reconstruct(self, dtype: torch.dtype | None = None) -> Tensor:
-        operators = [operator.to(dtype or operator.dtype) for operator in self.operators]
+        dtype = dtype or self.operators[0].dtype
+        operators = [operator.to(product_dtype(dtype, operator.device)) for operator in self.operators]
         operator, groups = operators[0], self.stages[0].groups
         for stage, following in zip(self.stages[1:], operators[1:], strict=True):
             operator, groups = _compose(operator, groups, following, stage.groups)
-        return as_stored(operator, self.layer)
+        return as_stored(operator, self.layer).to(dtype)
 
     def to_module(self, bias: Tensor | None) -> nn.Module:
         biases = [None] * (len(self.stages) - 1) + [bias]
@@ -185,8 +187,9 @@ class Tiles(Structure):
         return None if positions is None else positions // self.layer.num_weights * self.num_weights
 
     def reconstruct(self, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.left[0].dtype
         with torch.no_grad():
-            return self._fill(None).to(dtype=dtype).dense_weight()
+            return self._fill(None).to(product_dtype(dtype, self.left[0].device)).dense_weight().to(dtype)
 
     def to_module(self, bias: Tensor | None) -> TiledLayer:
         return self._fill(bias)

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from cases import DECOMPOSITIONS, LAYERS, finals, make_layer, some_ranks, spec_on, supports
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl.decompositions import Cheapest, Decomposition, Tucker2, count_macs, count_weights, module_from_dict
@@ -32,6 +33,19 @@ def close(actual, expected, tolerance):
     """Whether the difference is at most so much of the norm."""
     error, norm = torch.linalg.vector_norm(actual - expected), torch.linalg.vector_norm(expected)
     return bool(error <= tolerance * norm)
+
+
+class Products(TorchDispatchMode):
+    """Notes the types that matrices are multiplied in."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            self.dtypes |= {x.dtype for x in args if isinstance(x, torch.Tensor)}
+        return function(*args, **(kwargs or {}))
 
 
 def test_every_decomposition_has_an_instance():
@@ -67,6 +81,26 @@ def test_full_rank_changes_nothing(decomposition, name):
     assert close(projected, before, 1e-12)
     assert torch.equal(layer.weight, before)
     assert not projected.requires_grad
+
+
+@each_pair
+def test_projections_do_not_depend_on_autocast_or_matmul_precision(decomposition, name):
+    layer, _ = make_layer(name)
+    spec = spec_of(layer)
+    rank = middle(decomposition.full_rank(spec))
+    expected = decomposition.factor(layer.weight.float(), spec, rank)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16), Products() as products:
+            structure = decomposition.factor(layer.weight.float(), spec, rank)
+            projected = structure.reconstruct()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert products.dtypes == {torch.float64}
+    assert all(map(torch.equal, structure.tensors(), expected.tensors()))
+    assert projected.dtype == torch.float32
+    assert close(projected, expected.reconstruct(), 1e-6)
 
 
 @each_pair
