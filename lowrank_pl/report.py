@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -249,9 +250,9 @@ def _runner(module: nn.Module, batch: tuple[Any, ...]) -> Callable[[], Any]:
 def _count_macs(module: nn.Module, batch: tuple[Any, ...]) -> int:
     run(module, batch)  # a layer that rebuilds its dense weight has done so before anything is counted
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operation, of which the counter knows nothing
+    torch.backends.mha.set_fastpath_enabled(False)  # fused operations, of which the counter may know nothing
     try:
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             run(module, batch)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

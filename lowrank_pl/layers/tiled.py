@@ -63,11 +63,15 @@ class TiledLayer(nn.Module):
     def dense_weight(self) -> Tensor:
         """The weight that the tiles make, `[T, S, *kernel]`."""
         rows: dict[int, list[Tensor]] = {}
-        for (m, n), left, right in zip(self.regions, self.left, self.right, strict=True):
+        for m, n, left, right in self._grids():
             tiles = torch.einsum("ihjr,jirw->ihjw", left.unflatten(2, (n.tiles, -1)), right.unflatten(1, (m.tiles, -1)))
             rows.setdefault(m.start, []).append(tiles.reshape(m.tiles * m.size, n.tiles * n.size))
         matrix = torch.cat([torch.cat(row, dim=1) for row in rows.values()])
         return matrix.reshape(self.spec.operator_shape)
+
+    def _grids(self) -> list[tuple[Slab, Slab, Tensor, Tensor]]:
+        """Region by region its rows, its columns and its factors; by number, as every TorchDynamo can follow."""
+        return [(m, n, self.left[i], self.right[i]) for i, (m, n) in enumerate(self.regions)]
 
     def forward(self, x: Tensor) -> Tensor:
         return self._forward_dense(x) if self.run == "dense" else self._forward_factors(x)
@@ -81,7 +85,7 @@ class TiledLayer(nn.Module):
         return F.conv2d(x, self._weight(), self.bias, self.spec.stride, padding, self.spec.dilation)
 
     def _weight(self) -> Tensor:
-        factors = [*self.left, *self.right]
+        factors = [factor for _, _, left, right in self._grids() for factor in (left, right)]
         wants_grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
         if wants_grad or torch.compiler.is_compiling() or factors[0].is_inference():  # without versions
             return self.dense_weight()
@@ -109,7 +113,7 @@ class TiledLayer(nn.Module):
     def _multiply(self, columns: Tensor) -> Tensor:
         """`[B, S d d, P]` to `[B, T, P]`."""
         rows: dict[int, Tensor] = {}
-        for (m, n), left, right in zip(self.regions, self.left, self.right, strict=True):
+        for m, n, left, right in self._grids():
             x = columns[:, n.start : n.stop].unflatten(1, (n.tiles, n.size))
             inner = (right @ x).unflatten(2, (m.tiles, -1)).transpose(1, 2).flatten(2, 3)
             y = (left @ inner).flatten(1, 2)
