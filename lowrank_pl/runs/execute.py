@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -210,9 +211,9 @@ def _weights(net: nn.Module) -> bytes:
     return save({name: tensor.detach().contiguous().cpu() for name, tensor in net.state_dict().items()})
 
 
-def _spectra(net: nn.Module) -> dict[str, dict[str, list[float]]]:
+def _spectra(net: nn.Module) -> dict[str, dict[str, Sequence[float]]]:
     """Singular values of every layer's lowered kernel `T x (S d d)`, of the largest's size, at a few indices from 1."""
-    spectra = {}
+    spectra: dict[str, dict[str, Sequence[float]]] = {}
     for name, layer in find_layers(net).items():
         matrix = layer.weight.detach().flatten(1)  # type: ignore[operator]
         energies = singular_energies(matrix).clamp(min=0).sqrt()
