@@ -156,7 +156,7 @@ class Plan:
     def check_finite(self) -> None:
         """Raise `ValueError` with the layer's name if a target's weight holds NaN or Inf."""
         for c in self.compressions:
-            if not torch.isfinite(c.weight).all():
+            if not torch.isfinite(c.weight.sum(dtype=torch.float64)):
                 raise ValueError(
                     f"Layer {c.name!r}: expected finite weights but found NaN or Inf; all weights are left as they "
                     "were. Lower the learning rate or clip gradients"

@@ -155,7 +155,8 @@ def _c_step(
         new = _same_everywhere(_kept(c.factor(shifted, rank), c))
         old_theta, theta = old.reconstruct(), new.reconstruct()
         old_cost, cost = (c.cost(rule.cost, structure.rank) for structure in (old, new))
-        old_error, error = squared_norm(shifted - old_theta), squared_norm(shifted - theta)
+        old_rest, rest = (shifted - old_theta if state else shifted), shifted - theta
+        old_error, error = squared_norm(old_rest), squared_norm(rest)
         sums["before"] += price * old_cost + mu / 2 * old_error
         sums["beta"] += mu / 2 * (squared_norm(state.anchors[c.name] - old_theta) if state else 0.0)
         # Where the error was known beforehand only as a bound (Tucker-2), the new Theta may be worse than the old one.
@@ -164,7 +165,7 @@ def _c_step(
         else:
             keep = price * old_cost + mu / 2 * old_error < price * cost + mu / 2 * error
         if keep:
-            new, theta, cost, error = old, old_theta, old_cost, old_error
+            new, theta, cost, error, rest = old, old_theta, old_cost, old_error, old_rest
         structures[c.name] = new
         sums["cost"] += price * cost
         sums["penalty"] += mu / 2 * error
@@ -172,10 +173,10 @@ def _c_step(
             free.append(c.name)
             anchors[c.name] = theta
             continue
-        sums["gap"] += squared_norm(c.weight - theta)
+        sums["gap"] += squared_norm(c.weight - theta) if state else error
         sums["norm"] += squared_norm(c.weight)
         shared = isinstance(new, Dense) and error == 0  # then the anchor is Theta itself
-        anchors[c.name] = theta if shared or not augmented else theta.add(shifted - theta, alpha=-mu / next_mu)
+        anchors[c.name] = theta if shared or not augmented else theta.add(rest, alpha=-mu / next_mu)
     changed = state is None or any(state.ranks[name] != structure.rank for name, structure in structures.items())
     after = LCState(
         mu=next_mu,
