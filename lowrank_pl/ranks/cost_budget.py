@@ -48,7 +48,8 @@ class CostBudget(RankRule):
         """The ranks, and the lambda per million units of cost that they belong to."""
         layers = [enumerate_ranks(problem, self.cost) for problem in problems]
         weights = [problem.cost_weight for problem in problems]
-        budget = left_for(layers, self.ratio, total_cost(others, self.cost))
+        dense, least = (float(sum(each.costs[i] for each in layers)) for i in (-1, 0))
+        budget = left_for(dense, least, total_cost(others, self.cost), self.ratio)
 
         def at(lambda_: float) -> list[int]:
             return [each.best(lambda_ * w, error_weight) for each, w in zip(layers, weights, strict=True)]
@@ -71,20 +72,16 @@ def check_ratio(ratio: Any) -> None:
         raise ValueError(f"Expected argument `ratio` to be a share of the dense cost in (0, 1] but got {ratio!r}")
 
 
-def left_for(layers: Sequence[Enumeration], ratio: float, others: float) -> float:
-    """What `ratio` of the whole network's dense cost leaves to these layers, the others costing `others`."""
-    dense = sum(_cost_of_dense(each) for each in layers) + others
-    least = sum(each.costs[0] for each in layers) + others
-    if least > ratio * dense:
+def left_for(dense: float, least: float, others: float, ratio: float) -> float:
+    """What `ratio` of the whole network's dense cost leaves to layers that cost `dense` and can cost `least`, while the
+    others cost `others`."""
+    total = dense + others
+    if least + others > ratio * total:
         raise ValueError(
-            f"A budget of {ratio:g} of the dense cost cannot be reached: the smallest ranks cost {least / dense:.4f} "
-            "of it. Ask for more, or compress more layers"
+            f"A budget of {ratio:g} of the dense cost cannot be reached: the smallest ranks cost "
+            f"{(least + others) / total:.4f} of it. Ask for more, or compress more layers"
         )
-    return ratio * dense - others
-
-
-def _cost_of_dense(layer: Enumeration) -> float:
-    return float(layer.costs[-1])
+    return ratio * total - others
 
 
 def _spent(layers: Sequence[Enumeration], places: Sequence[int]) -> float:

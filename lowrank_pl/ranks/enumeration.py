@@ -47,15 +47,15 @@ def enumerate_ranks(problem: RankProblem, cost: Cost) -> Enumeration:
     """
     try:
         grids = _grids(problem.layer, problem.decomposition, cost)
-        dense = _dense_cost(problem.layer, cost)
+        dense = dense_cost(problem.layer, cost)
     except ValueError as error:
         raise ValueError(f"Layer {problem.name!r}: {error}") from error
     ranks, costs, errors = [], [], []
-    for start, decomposition, grid, prices in grids:
-        spectra = problem.spectra if not start else problem.spectra_of(decomposition)
+    for start, decomposition, grid, prices, cheaper in grids:
+        grid, prices = grid[cheaper], prices[cheaper]
         ranks += [(*start, *rank) for rank in grid.tolist()]
         costs.append(prices)
-        errors.append(np.sum([s.cpu().numpy()[grid[:, i]] for i, s in enumerate(spectra)], axis=0))
+        errors.append(_errors(problem, start, decomposition, grid))
     if problem.least == 0:
         spectrum = problem.spectra if not grids[0][0] else problem.spectra_of(grids[0][1])
         ranks.append((0,) * len(problem.full))
@@ -69,44 +69,81 @@ def enumerate_ranks(problem: RankProblem, cost: Cost) -> Enumeration:
 
 def total_cost(layers: Sequence[LayerSpec], cost: Cost) -> float:
     """What dense layers cost together."""
-    return sum(_dense_cost(layer, cost) for layer in layers)
+    return sum(dense_cost(layer, cost) for layer in layers)
 
 
 @cache
-def _dense_cost(layer: LayerSpec, cost: Cost) -> float:
+def dense_cost(layer: LayerSpec, cost: Cost) -> float:
     return charge(cost, layer)
+
+
+@dataclass(frozen=True, eq=False)
+class Descent:
+    """The way down of a layer whose ranks are priced without a barrier at the dense layer: `ranks` by falling cost,
+    those alone that nothing cheaper approximates as well, the first without error.
+
+    `costs` are those of the factors, at every rank up to the full one. `accounted` is what is deployed there: the
+    dense layer, while the factors are not `cheaper` than it in weights and in cost.
+    """
+
+    ranks: list[Rank]
+    costs: Array
+    errors: Array
+    cheaper: Array
+    accounted: Array
+
+
+def descend(problem: RankProblem, cost: Cost) -> Descent:
+    """Raises `ValueError` with the layer's name for a cost that falls while the rank grows."""
+    try:
+        grids = _grids(problem.layer, problem.decomposition, cost)
+        dense = dense_cost(problem.layer, cost)
+    except ValueError as error:
+        raise ValueError(f"Layer {problem.name!r}: {error}") from error
+    ranks: list[Rank] = []
+    for start, _, grid, *_ in grids:
+        ranks += [(*start, *rank) for rank in grid.tolist()]
+    costs, cheaper = (np.concatenate([each[i] for each in grids]) for i in (3, 4))
+    errors = np.concatenate([_errors(problem, start, each, grid) for start, each, grid, *_ in grids])
+    order = np.lexsort((errors, costs))  # by growing cost, the better of two of the same cost first
+    best = np.minimum.accumulate(errors[order])
+    kept = order[np.flatnonzero(np.diff(best, prepend=np.inf) < 0)][::-1]
+    return Descent(
+        [ranks[i] for i in kept], costs[kept], errors[kept], cheaper[kept], np.where(cheaper, costs, dense)[kept]
+    )
+
+
+def _errors(problem: RankProblem, start: Rank, decomposition: Decomposition, grid: Array) -> Array:
+    """The squared errors at the ranks of a grid; where a rank has several entries their sum, a bound."""
+    spectra = problem.spectra if not start else problem.spectra_of(decomposition)
+    return np.asarray(np.sum([s.cpu().numpy()[grid[:, i]] for i, s in enumerate(spectra)], axis=0))
 
 
 @cache
 def _grids(
     layer: LayerSpec, decomposition: Decomposition, cost: Cost
-) -> list[tuple[Rank, Decomposition, Array, Array]]:
-    """Per structure: what its ranks begin with, itself, its ranks `[n, entries]` and their costs `[n]`.
+) -> list[tuple[Rank, Decomposition, Array, Array, Array]]:
+    """Per structure: what its ranks begin with, itself, its ranks `[n, entries]`, their costs `[n]`, and which are
+    cheaper than the dense layer, in weights and in cost.
 
     Remembered, because it depends on shapes alone and takes longer than everything that depends on the weights.
     """
-    dense = _dense_cost(layer, cost)
+    dense = dense_cost(layer, cost)
     found = []
     for start, each in alternatives(decomposition, layer):
-        grid = np.array(list(_cheaper(layer, each)), dtype=int).reshape(-1, len(each.full_rank(layer)))
+        grid = _grid(each.full_rank(layer))
         prices = np.array([price(cost, layer, each, tuple(rank)) for rank in grid.tolist()])
         _check_growing(grid, prices)
-        found.append((start, each, grid[prices < dense], prices[prices < dense]))
+        weights = np.array([count_weights(each.stages(layer, tuple(rank))) for rank in grid.tolist()])
+        found.append((start, each, grid, prices, (weights < layer.num_weights) & (prices < dense)))
     return found
 
 
-def _cheaper(layer: LayerSpec, decomposition: Decomposition) -> list[Rank]:
-    """The ranks whose factors have fewer weights than the layer."""
-    full = decomposition.full_rank(layer)
+def _grid(full: Rank) -> Array:
+    """All ranks up to the full one, or, where the rank has several entries, evenly spaced values of each."""
     steps = [1 if len(full) == 1 else -(-most // VALUES_PER_ENTRY) for most in full]
-    axes = [sorted({1, *range(step, most + 1, step)}) for most, step in zip(full, steps, strict=True)]
-
-    def fits(rank: Rank) -> bool:
-        return count_weights(decomposition.stages(layer, rank)) < layer.num_weights
-
-    if len(axes) == 1:
-        return list(itertools.takewhile(fits, ((r,) for r in axes[0])))
-    return [rank for rank in itertools.product(*axes) if fits(rank)]
+    axes = [sorted({1, *range(step, most + 1, step), most}) for most, step in zip(full, steps, strict=True)]
+    return np.array(list(itertools.product(*axes)), dtype=int)
 
 
 def _check_growing(grid: Array, prices: Array) -> None:

@@ -12,7 +12,7 @@ from lowrank_pl.decompositions import Rank
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem, RankRule
 from lowrank_pl.ranks.cost_budget import check_ratio, left_for
-from lowrank_pl.ranks.enumeration import Enumeration, enumerate_ranks, total_cost
+from lowrank_pl.ranks.enumeration import Descent, descend, total_cost
 
 
 @final
@@ -20,10 +20,13 @@ from lowrank_pl.ranks.enumeration import Enumeration, enumerate_ranks, total_cos
 class GreedyEnergy(RankRule):
     """Maximize the product over layers of the kept energy `sum_{a <= r} sigma_a^2`, at most `ratio` of the dense cost.
 
-    Zhang, Zou, He & Sun (TPAMI 2016), section 3.3; baseline 1 of Idelbayev & Carreira-Perpinan (CVPR 2020). From the
-    dense network on, one singular value after another is dropped: the one that loses the least share of its layer's
-    energy per cost saved. The cost is that of all linear layers and convolutions, compressed or not. Raises
-    `ValueError` with the least reachable ratio for a budget below it.
+    Zhang, Zou, He & Sun (TPAMI 2016), section 3.3; baseline 1 of Idelbayev & Carreira-Perpinan (CVPR 2020). The
+    energies are those of the weights; Zhang et al. take PCA energies of the layers' responses. From the full ranks on,
+    one singular value after another is dropped: the one that loses the least share of its layer's energy per cost
+    saved. On the way down a rank costs what its factors cost, also where that is more than the dense layer; what is
+    held against the budget is what will be deployed, dense layers where factors are not cheaper. The cost is that of
+    all linear layers and convolutions, compressed or not. Raises `ValueError` with the least reachable ratio for a
+    budget below it.
     """
 
     cost: Any = "macs"
@@ -40,39 +43,35 @@ class GreedyEnergy(RankRule):
     def __call__(
         self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
     ) -> list[Rank]:
-        layers = [enumerate_ranks(problem, self.cost) for problem in problems]
-        budget = left_for(layers, self.ratio, total_cost(others, self.cost))
-        paths = [_frontier(layer) for layer in layers]  # places in the enumeration, cheapest first
-        at = [len(path) - 1 for path in paths]
+        layers = [descend(problem, self.cost) for problem in problems]
+        dense = total_cost([problem.layer for problem in problems], self.cost)
+        least = float(sum(layer.accounted[-1] for layer in layers))
+        budget = left_for(dense, least, total_cost(others, self.cost), self.ratio)
         energies = [float(problem.weight.double().square().sum()) for problem in problems]
-        spent = sum(float(layer.costs[-1]) for layer in layers)
-        queue: list[tuple[float, str, int]] = []  # by name where two lose the same
-
-        def offer(k: int) -> None:
-            """The next move of layer k: what share of its energy it loses per cost saved."""
-            if at[k] > 0:
-                here, there = paths[k][at[k]], paths[k][at[k] - 1]
-                kept = energies[k] - layers[k].errors[here]
-                lost = (layers[k].errors[there] - layers[k].errors[here]) / kept if kept > 0 else 0.0
-                share = float(lost / (layers[k].costs[here] - layers[k].costs[there]))
-                heapq.heappush(queue, (share, problems[k].name, k))
-
-        for k in range(len(layers)):
-            offer(k)
+        at = [0] * len(layers)
+        spent = float(sum(layer.accounted[0] for layer in layers))
+        # by name where two moves lose the same
+        queue = [
+            (_lost_share(layer, 0, energy), problem.name, k)
+            for k, (layer, energy, problem) in enumerate(zip(layers, energies, problems, strict=True))
+            if len(layer.ranks) > 1
+        ]
+        heapq.heapify(queue)
         while spent > budget and queue:
-            *_, k = heapq.heappop(queue)
-            spent -= float(layers[k].costs[paths[k][at[k]]] - layers[k].costs[paths[k][at[k] - 1]])
-            at[k] -= 1
-            offer(k)
-        return [layer.ranks[path[i]] for layer, path, i in zip(layers, paths, at, strict=True)]
+            _, name, k = heapq.heappop(queue)
+            layer = layers[k]
+            spent += float(layer.accounted[at[k] + 1] - layer.accounted[at[k]])
+            at[k] += 1
+            if at[k] + 1 < len(layer.ranks):
+                heapq.heappush(queue, (_lost_share(layer, at[k], energies[k]), name, k))
+        return [
+            layer.ranks[i] if layer.cheaper[i] else problem.full
+            for layer, i, problem in zip(layers, at, problems, strict=True)
+        ]
 
 
-def _frontier(layer: Enumeration) -> list[int]:
-    """The ranks that nothing cheaper approximates as well, by growing cost and falling error."""
-    path = [0]
-    for i in range(1, len(layer.ranks)):
-        if layer.costs[i] > layer.costs[path[-1]] and layer.errors[i] < layer.errors[path[-1]]:
-            path.append(i)
-        elif layer.costs[i] == layer.costs[path[-1]] and layer.errors[i] < layer.errors[path[-1]]:
-            path[-1] = i
-    return path
+def _lost_share(layer: Descent, i: int, energy: float) -> float:
+    """What share of its kept energy the next move of a layer loses, per cost saved."""
+    kept = energy - layer.errors[i]
+    lost = (layer.errors[i + 1] - layer.errors[i]) / kept if kept > 0 else 0.0
+    return float(lost / (layer.costs[i] - layer.costs[i + 1]))
