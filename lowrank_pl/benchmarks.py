@@ -115,7 +115,7 @@ def c_step_vgg16(repeats: int) -> Result:
     net, rule = VGG(depth=16), CostPenalty(3e-4, "params")
     plan = make_plan(net, "svd", rule, training=True)
     for c in plan.compressions:
-        c.weight.flatten(1).mul_(torch.arange(1, len(c.weight) + 1).pow(-0.7)[:, None])
+        c.write_((c.read().flatten(1).T * torch.arange(1, len(c.read()) + 1).pow(-0.7)).T.view_as(c.read()))
 
     def ours() -> float:
         return _seconds(lambda plan: c_step(plan, rule, None, C_STEP_MU, C_STEP_MU), plan)
@@ -191,17 +191,18 @@ def _projection(name: str, net: nn.Module, repeats: int, goal: str) -> Result:
 
 def _svd_by_layer(plan: Plan) -> None:
     """What a user would write: a float32 SVD of each lowered kernel, truncated and multiplied out."""
-    for (name, (rank,)), c in zip(plan.choose_ranks().items(), plan.compressions, strict=True):
-        assert name == c.name
-        left, singular, right = torch.linalg.svd(c.weight.flatten(1), full_matrices=False)
-        c.weight.copy_(((left[:, :rank] * singular[:rank]) @ right[:rank]).view_as(c.weight))
+    choices = plan.choose_ranks()
+    for c in plan.compressions:
+        (rank,), weight = choices[c.name].rank, c.read()
+        left, singular, right = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+        c.write_(((left[:, :rank] * singular[:rank]) @ right[:rank]).view_as(weight))
 
 
 def _c_step_by_layer(plan: Plan, rule: CostPenalty) -> dict[str, Tensor]:
     """What a user would write: the same choices from a float32 SVD of each lowered kernel."""
     thetas = {}
     for c in plan.compressions:
-        matrix = c.weight.flatten(1)
+        matrix = c.read().flatten(1)
         left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
         errors = singular.square().flip(0).cumsum(0).flip(0)  # of ranks 0, 1, ..., full - 1
         costs = torch.arange(len(errors)) * sum(matrix.shape)

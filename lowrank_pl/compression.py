@@ -4,33 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, cached_property
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.choices import resolve, snake_case
-from lowrank_pl.costs import Cost, charge, price
-from lowrank_pl.decompositions import Cheapest, Constant, Decomposition, Dense, Rank, Structure, chosen, count_weights
+from lowrank_pl.costs import Cost, price
+from lowrank_pl.decompositions import DENSE, ZERO, Candidates, Cheapest, Choice, Decomposition
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
 from lowrank_pl.linalg import squared_norm
+from lowrank_pl.names import resolve, snake_case
 from lowrank_pl.ranks import CompressionRatio, RankProblem, RankRule
-from lowrank_pl.surgery import Trace, find_layers, obstacle
+from lowrank_pl.structures import Rank, Structure
+from lowrank_pl.surgery import Trace, find_layers, obstacles
 from lowrank_pl.targets import Targets, check_patterns, matches
+
+MethodChoice: TypeAlias = str | Candidates | Mapping[str, str | Candidates]
+RankChoice: TypeAlias = str | RankRule | Mapping[str, str | RankRule]
+
+T = TypeVar("T")
 
 DEFAULT_RANK = CompressionRatio(2.0)
 
 
 @dataclass(frozen=True, eq=False)
 class Compression:
-    """One target: a layer, the decomposition of its weight and the rule for its rank."""
+    """One target: a layer, how its weight may be decomposed, and the rule for its rank."""
 
     name: str
     module: nn.Module
     layer: LayerSpec
-    decomposition: Decomposition
+    method: Candidates
     rule: RankRule
 
     @property
@@ -40,58 +46,80 @@ class Compression:
         assert isinstance(weight, nn.Parameter)
         return weight
 
-    @property
-    def weight(self) -> Tensor:
-        """The same memory, for computing without a graph."""
+    def read(self) -> Tensor:
+        """The whole weight, for computing without a graph; nobody may write to it."""
         return self.parameter.detach()
 
-    def num_weights(self, rank: Rank) -> int:
+    @torch.no_grad()
+    def write_(self, weight: Tensor) -> None:
+        """Put another weight in its place, in memory that stays the same."""
+        self.parameter.detach().copy_(weight)
+
+    @cached_property
+    def full(self) -> Rank:
+        """The full rank of the (first) decomposition: the number that stands for dense in logs."""
+        return self.method.candidates(self.layer)[0].full_rank(self.layer)
+
+    def problem(self, weight: Tensor | None = None, cost_weight: float = 1.0, least: int = 1) -> RankProblem:
+        """What a rule sees of this layer; `weight` takes the place of its own."""
+        return RankProblem(
+            self.name, self.layer, self.method, self.read() if weight is None else weight, cost_weight, least
+        )
+
+    def num_weights(self, choice: Choice) -> int:
         """Weights of the factors; of none at rank 0."""
-        return _num_weights(self.decomposition, self.layer, rank) if any(rank) else 0
+        return _num_weights(choice, self.layer)
 
-    def is_cheaper(self, rank: Rank) -> bool:
+    def is_cheaper(self, choice: Choice) -> bool:
         """Whether the factors have fewer weights than the layer."""
-        return self.num_weights(rank) < self.layer.num_weights
+        return self.num_weights(choice) < self.layer.num_weights
 
-    def factor(self, weight: Tensor, rank: Rank) -> Structure:
-        """The projection of a weight of this layer; `Dense` where the factors would not be cheaper.
+    def settled(self, choice: Choice) -> Choice:
+        """What is deployed: the dense layer where the factors would not be cheaper."""
+        return choice if self.is_cheaper(choice) else DENSE
 
-        Raises `ValueError` that names the layer for a weight that is not finite.
-        """
-        if not any(rank):
-            return Constant(self.layer, rank, self.weight)
-        if not self.is_cheaper(rank):
-            return Dense(self.layer, rank, weight)
-        try:
-            return self.decomposition.factor(weight, self.layer, rank)
-        except ValueError as error:
-            raise ValueError(f"Layer {self.name!r}: {error}") from error
+    def cost(self, cost: Cost, choice: Choice) -> float:
+        """What the layer costs as it is deployed."""
+        settled = self.settled(choice)
+        return price(cost, settled, settled.layout(self.layer))
 
-    def cost(self, cost: Cost, rank: Rank) -> float:
-        """What the layer costs at this rank: the dense layer where the factors would not be cheaper."""
-        if any(rank) and not self.is_cheaper(rank):
-            return charge(cost, self.layer)
-        return price(cost, self.layer, self.decomposition, rank)
+    def describe(self, choice: Choice) -> tuple[str, Rank | None]:
+        """What becomes of the layer, in words, and the rank."""
+        settled = self.settled(choice)
+        if settled.decomposition is None:
+            return settled.layout(self.layer).describe(), settled.rank or None
+        return describe(settled.decomposition), settled.rank
 
-    def describe(self, rank: Rank) -> tuple[str, Rank | None]:
-        """What becomes of the layer at this rank, in words, and the rank in that structure's own terms."""
-        if not any(rank):
-            return "constant", (0,)
-        if not self.is_cheaper(rank):
-            return "dense", None
-        decomposition, own = chosen(self.decomposition, rank)
-        return describe(decomposition), own
-
-    def note(self, rank: Rank) -> str:
-        """What a user should know about this rank: why it is not the one asked for, or why the layer stays dense."""
-        if not any(rank):
+    def note(self, choice: Choice) -> str:
+        """What a user should know about this choice: why the rank is not the one asked for, or why the layer stays
+        dense."""
+        if choice == ZERO:
             return "rank 0: its bias alone"
-        if not self.is_cheaper(rank):
-            decomposition, own = chosen(self.decomposition, rank)
-            named = f"{describe(decomposition)} of rank {', '.join(map(str, own))}"
-            return f"{named} has {self.num_weights(rank):,} weights"
-        problem = RankProblem(self.name, self.layer, self.decomposition, self.weight)
-        return self.rule.note(problem, rank) or ""
+        if choice.decomposition is None:
+            return "no rank is worth its error" if choice == DENSE else ""
+        if not self.is_cheaper(choice):
+            named = f"{describe(choice.decomposition)} of rank {', '.join(map(str, choice.rank))}"
+            return f"{named} has {self.num_weights(choice):,} weights"
+        return self.rule.note(self.problem(), choice.rank) or ""
+
+    def to_list(self, choice: Choice) -> list[int]:
+        """A choice in a checkpoint: its rank, behind the number of the decomposition where there are several; all
+        zeros at rank 0, the full rank for dense."""
+        members = self.method.members if isinstance(self.method, Cheapest) else None
+        if choice == ZERO:
+            return [0] * (len(self.full) + (members is not None))
+        decomposition = choice.decomposition or self.method.candidates(self.layer)[0]
+        rank = choice.rank or self.full
+        return [*([] if members is None else [members.index(decomposition)]), *rank]
+
+    def from_list(self, values: Sequence[int]) -> Choice:
+        """The inverse of `to_list`."""
+        if not any(values):
+            return ZERO
+        decomposition, rank = self.method.candidates(self.layer)[0], tuple(values)
+        if isinstance(self.method, Cheapest):
+            decomposition, rank = self.method.members[values[0]], rank[1:]
+        return DENSE if rank == decomposition.full_rank(self.layer) else Choice(decomposition, rank)
 
 
 @dataclass(frozen=True)
@@ -114,18 +142,24 @@ class Plan:
         self.dense = dict(dense)
         self.specs = dict(specs)
 
-    def choose_ranks(self) -> dict[str, Rank]:
-        """Every target's rank, from the weights as they are now; each rule is asked once.
+    def problems(self) -> dict[str, RankProblem]:
+        """What rules see of every target, with its weight as it is now."""
+        return {c.name: c.problem() for c in self.compressions}
+
+    def choose_ranks(self, problems: Mapping[str, RankProblem] | None = None) -> dict[str, Choice]:
+        """Every target's structure and rank, from the weights as they are now; each rule is asked once.
 
         Raises `ValueError` that names the layer where a rule looks at weights that are not finite.
         """
-        ranks: dict[str, Rank] = {}
-        for rule in dict.fromkeys(id(c.rule) for c in self.compressions):
-            members = [c for c in self.compressions if id(c.rule) == rule]
-            problems = [RankProblem(c.name, c.layer, c.decomposition, c.weight) for c in members]
-            found = members[0].rule(problems, others=self.others(members))
-            ranks |= {c.name: tuple(rank) for c, rank in zip(members, found, strict=True)}
-        return ranks
+        problems = self.problems() if problems is None else problems
+        rules: dict[int, list[Compression]] = {}
+        for c in self.compressions:
+            rules.setdefault(id(c.rule), []).append(c)
+        choices: dict[str, Choice] = {}
+        for members in rules.values():
+            found = members[0].rule([problems[c.name] for c in members], others=self.others(members))
+            choices |= {c.name: choice for c, choice in zip(members, found, strict=True)}
+        return {c.name: choices[c.name] for c in self.compressions}
 
     def others(self, members: Sequence[Compression]) -> list[LayerSpec]:
         """All other layers of the network that run (or all, while none has been seen to)."""
@@ -133,14 +167,17 @@ class Plan:
         seen = any(spec.inputs for spec in self.specs.values())
         return [spec for name, spec in self.specs.items() if name not in names and (spec.inputs or not seen)]
 
-    def factor(self, ranks: Mapping[str, Rank]) -> dict[str, Structure]:
-        """The projection of every target at these ranks; `Dense` where the factors would not be cheaper.
+    def factor(
+        self, choices: Mapping[str, Choice], problems: Mapping[str, RankProblem] | None = None
+    ) -> dict[str, Structure]:
+        """The projection of every target; its own weight where the factors would not be cheaper.
 
         Raises `ValueError` that names the layer for weights that are not finite.
         """
-        return {c.name: c.factor(c.weight, ranks[c.name]) for c in self.compressions}
+        problems = self.problems() if problems is None else problems
+        return {c.name: problems[c.name].structure(c.settled(choices[c.name])) for c in self.compressions}
 
-    def rows(self, ranks: Mapping[str, Rank]) -> list[Row]:
+    def rows(self, choices: Mapping[str, Choice]) -> list[Row]:
         """The plan as a table, in the network's order."""
         by_name = {c.name: c for c in self.compressions}
         rows = []
@@ -148,15 +185,15 @@ class Plan:
             if name not in by_name:
                 rows.append(Row(name, "dense", None, spec.num_weights, spec.num_weights, self.dense[name]))
                 continue
-            c, rank = by_name[name], ranks[name]
-            weights = min(c.num_weights(rank), spec.num_weights)
-            rows.append(Row(name, *c.describe(rank), spec.num_weights, weights, c.note(rank)))
+            c, choice = by_name[name], choices[name]
+            weights = min(c.num_weights(choice), spec.num_weights)
+            rows.append(Row(name, *c.describe(choice), spec.num_weights, weights, c.note(choice)))
         return rows
 
     def check_finite(self) -> None:
         """Raise `ValueError` with the layer's name if a target's weight holds NaN or Inf."""
         for c in self.compressions:
-            if not torch.isfinite(c.weight.sum(dtype=torch.float64)):
+            if not torch.isfinite(c.read().sum(dtype=torch.float64)):
                 raise ValueError(
                     f"Layer {c.name!r}: expected finite weights but found NaN or Inf; all weights are left as they "
                     "were. Lower the learning rate or clip gradients"
@@ -165,8 +202,8 @@ class Plan:
 
 def make_plan(
     model: nn.Module,
-    method: Any = "tiled_svd",
-    rank: Any = None,
+    method: MethodChoice = "tiled_svd",
+    rank: RankChoice | None = None,
     targets: Targets | None = None,
     trace: Trace | None = None,
     training: bool = False,
@@ -181,42 +218,50 @@ def make_plan(
         raise TypeError(f"Expected argument `model` to be a module but got {model!r:.100}")
     if not isinstance(targets, (Targets, type(None))):
         raise TypeError(f"Expected argument `targets` to be Targets(include=[...], ...) but got {targets!r:.100}")
-    methods = resolve(method, Decomposition, "method")  # type: ignore[type-abstract]
+    methods = resolve(method, Candidates, "method")  # type: ignore[type-abstract]
     rules = resolve(DEFAULT_RANK if rank is None else rank, RankRule, "rank")  # type: ignore[type-abstract]
     layers = find_layers(model)
     dense = (targets or Targets()).left_out(model, trace)
     check_patterns(methods, layers, "method")
     check_patterns(rules, layers, "rank")
+    found = obstacles(model)
+    inputs = trace.all_inputs() if trace else {}
     specs: dict[str, LayerSpec] = {}
     compressions = []
     for name, module in layers.items():
-        reason = obstacle(model, module)
+        reason = found.get(module)
         if reason and reason.startswith("lazy"):
-            specs[name] = LayerSpec("linear", 0, 0)
-            dense[name] = reason
+            specs[name], dense[name] = LayerSpec("linear", 0, 0), reason
             continue
-        specs[name] = spec_of(module).with_(inputs=trace.inputs(name) if trace else ())
-        decomposition, rule = _first_match(methods, name), _first_match(rules, name)
+        specs[name] = spec = spec_of(module).with_(inputs=inputs.get(name, ()))
         reason = reason or _idle(name, trace) or dense.get(name) or _frozen(module, training)
-        if reason is None and decomposition is None:
-            reason = "no pattern in `method` matches it"
-        elif reason is None and rule is None:
-            reason = "no pattern in `rank` matches it"
-        elif reason is None and decomposition is not None and decomposition.unsupported(specs[name]):
-            reason = f"{type(decomposition).__name__} {decomposition.unsupported(specs[name])}"
-        if reason is None and isinstance(decomposition, Cheapest) and rule is not None and not rule.compares:
-            raise ValueError(
-                f"Layer {name!r}: Cheapest chooses among structures by their cost, which {type(rule).__name__} does "
-                "not weigh: expected a `rank` such as CostPenalty or CostBudget"
-            )
-        if reason is None and decomposition is not None and rule is not None:
-            compressions.append(Compression(name, module, specs[name], decomposition, rule))
+        own, rule = _first_match(methods, name), _first_match(rules, name)
+        reason = reason or _mismatch(name, spec, own, rule)
+        if reason is None and own is not None and rule is not None:
+            compressions.append(Compression(name, module, spec, own, rule))
         else:
             dense[name] = str(reason)
     return Plan(compressions, dense, specs)
 
 
-def describe(decomposition: Decomposition) -> str:
+def _mismatch(name: str, layer: LayerSpec, method: Candidates | None, rule: RankRule | None) -> str | None:
+    """Why what was given for a layer leaves it dense. Raises `ValueError` for a rule that cannot choose."""
+    if method is None:
+        return "no pattern in `method` matches it"
+    if rule is None:
+        return "no pattern in `rank` matches it"
+    reason = method.unsupported(layer)
+    if reason:
+        return f"{type(method).__name__} {reason}"
+    if not isinstance(method, Decomposition) and not rule.compares:
+        raise ValueError(
+            f"Layer {name!r}: {type(method).__name__} chooses among structures by their cost, which "
+            f"{type(rule).__name__} does not weigh: expected a `rank` such as CostPenalty or CostBudget"
+        )
+    return None
+
+
+def describe(decomposition: Candidates) -> str:
     """The decomposition's name with the values of its fields: `tiled_svd(64)`."""
     if isinstance(decomposition, Cheapest):
         return f"cheapest({', '.join(describe(member) for member in decomposition.members)})"
@@ -230,20 +275,19 @@ def write_weights_(plan: Plan, structures: Mapping[str, Structure]) -> float:
     squared, count = 0.0, 0
     for c in plan.compressions:
         projected = structures[c.name].reconstruct()
-        squared += squared_norm(c.weight - projected)
+        squared += squared_norm(c.read() - projected)
         count += projected.numel()
-        if projected.data_ptr() != c.weight.data_ptr():
-            c.weight.copy_(projected)
+        c.write_(projected)
     return squared / max(count, 1)
 
 
 @cache
-def _num_weights(decomposition: Decomposition, layer: LayerSpec, rank: Rank) -> int:
+def _num_weights(choice: Choice, layer: LayerSpec) -> int:
     """Remembered, because it is asked for at every distortion."""
-    return count_weights(decomposition.stages(layer, rank))
+    return choice.layout(layer).num_weights
 
 
-def _first_match(choices: Mapping[str, Any], name: str) -> Any:
+def _first_match(choices: Mapping[str, T], name: str) -> T | None:
     return next((choice for pattern, choice in choices.items() if matches(name, [pattern])), None)
 
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.compression import Plan, make_plan
-from lowrank_pl.decompositions import Dense, Structure, chosen
-from lowrank_pl.layers import Run, TiledLayer
+from lowrank_pl.compression import MethodChoice, Plan, RankChoice, make_plan
+from lowrank_pl.structures import Dense, Structure
 from lowrank_pl.surgery import Trace, detached_copy, find_layers, record, replace_layers
 from lowrank_pl.targets import Targets
 from lowrank_pl.timing import median_ms
@@ -21,13 +20,11 @@ from lowrank_pl.timing import median_ms
 TOLERANCE = 1e-4
 RECORD = "lowrank_pl_record"  # the attribute of an extracted module that says what was done to it
 
-_RUNS = {"factors": "runs from its factors", "dense": "stored as factors, runs dense"}
-
 
 def compress(
     model: nn.Module,
-    method: Any = "tiled_svd",
-    rank: Any = None,
+    method: MethodChoice = "tiled_svd",
+    rank: RankChoice | None = None,
     targets: Targets | None = None,
     example_input: Any = None,
 ) -> nn.Module:
@@ -43,13 +40,17 @@ def compress(
     except Exception as error:
         raise ValueError(f"The model does not run on argument `example_input`: {error}") from error
     plan = make_plan(model, method, rank, targets, trace)
-    return extract(model, plan, plan.factor(plan.choose_ranks()), trace)
+    problems = plan.problems()
+    choices = plan.choose_ranks(problems)
+    notes = {c.name: c.note(choices[c.name]) for c in plan.compressions}
+    return extract(model, plan, plan.factor(choices, problems), notes, trace)
 
 
 def extract(
     model: nn.Module,
     plan: Plan,
     structures: Mapping[str, Structure],
+    notes: Mapping[str, str],
     trace: Trace | None = None,
     shared: tuple[Any, ...] = (),
     in_memory: bool = False,
@@ -59,36 +60,32 @@ def extract(
     Each is compared in float64 with the layer that it replaces, on inputs from the trace (on random ones where there
     are none): `RuntimeError` with the layer's name if outputs differ by more than 1e-4. The layer runs with the
     projected weight, or, with `in_memory`, with the one that it holds, which has been projected. A record of what was
-    done, in plain types, is left on the copy for `save_compressed` and `summarize`. Objects in `shared`, such as a
-    trainer, are not copied.
+    done, in plain types, with `notes` on the targets, is left on the copy for `save_compressed` and `summarize`. A
+    structure that can compute in several forms takes the one that is faster on those inputs. Objects in `shared`, such
+    as a trainer, are not copied.
     """
     extracted = detached_copy(model, shared)
     layers = find_layers(extracted)
     replacements: dict[nn.Module, nn.Module] = {}
     entries: dict[str, Any] = {}
-    notes = dict(plan.dense)
+    notes = {**plan.dense, **notes}
     for c in plan.compressions:
         structure = structures[c.name]
-        notes[c.name] = c.note(structure.rank)
-        if isinstance(structure, Dense):
+        if isinstance(structure.layout, Dense):
             continue
         layer = layers[c.name]
-        x = _sample(layer, c.layer.kernel, trace.samples.get(c.name) if trace else None)
-        module = structure.to_module(layer.bias).train(layer.training)  # type: ignore[arg-type]
-        module.requires_grad_(any(p.requires_grad for p in layer.parameters()))
-        _verify(c.name, layer, None if in_memory else structure.reconstruct(torch.float64), module, x)
-        if isinstance(module, TiledLayer) and getattr(chosen(c.decomposition, structure.rank)[0], "run", None) is None:
-            module.run = _faster_run(module, x) if trace and c.name in trace.samples else "dense"
-        if isinstance(module, TiledLayer):
-            notes[c.name] = "; ".join(filter(None, [notes[c.name], _RUNS[module.run]]))
-        replacements[layer] = module
-        entries[c.name] = {
-            "structure": {
-                **structure.to_dict(),
-                **({"run": module.run} if isinstance(module, TiledLayer) else {}),
-            },
-            "replaces": c.layer.to_dict(),
-        }
+        seen = trace is not None and c.name in trace.samples
+        x = _sample(layer, c.layer.kernel, trace.samples[c.name] if trace is not None and seen else None)
+        forms = [structure.with_layout(layout) for layout in structure.layout.forms()]
+        modules = [form.to_module(layer.bias).train(layer.training) for form in forms]  # type: ignore[arg-type]
+        for module in modules:
+            module.requires_grad_(any(p.requires_grad for p in layer.parameters()))
+            _verify(c.name, layer, structure, in_memory, module, x)
+        fastest = _fastest(modules, x) if seen and len(modules) > 1 else 0
+        layout = forms[fastest].layout
+        notes[c.name] = "; ".join(filter(None, [notes.get(c.name, ""), layout.note]))
+        replacements[layer] = modules[fastest]
+        entries[c.name] = {"structure": layout.to_dict(), "replaces": c.layer.to_dict()}
     if not entries:
         warnings.warn("No layer was compressed: all of them stay dense. See the table of reasons.", stacklevel=2)
     extracted = replace_layers(extracted, replacements)
@@ -123,33 +120,29 @@ def _sample(layer: nn.Module, kernel: tuple[int, ...], recorded: Tensor | None) 
 
 
 @torch.no_grad()
-def _verify(name: str, layer: nn.Module, projected: Tensor | None, module: nn.Module, x: Tensor) -> None:
+def _verify(name: str, layer: nn.Module, structure: Structure, in_memory: bool, module: nn.Module, x: Tensor) -> None:
     """In float64, so that neither TF32 nor the order of sums plays a part."""
     with torch.autocast(x.device.type, enabled=False):
         dense = copy.deepcopy(layer).double()
-        if projected is not None:
-            dense.weight.copy_(projected)  # type: ignore[operator]
+        if not in_memory:
+            dense.weight.copy_(structure.reconstruct(torch.float64))  # type: ignore[operator]
+        if structure.bias is not None:
+            dense.bias = nn.Parameter(structure.bias.double())
         expected = dense(x.double())
-        candidate = copy.deepcopy(module).double()
-        for run in _RUNS if isinstance(candidate, TiledLayer) else (None,):
-            if run is not None:
-                candidate.run = run  # type: ignore[assignment]
-            error = float(torch.linalg.vector_norm(candidate(x.double()) - expected))
-            scale = float(torch.linalg.vector_norm(expected))
-            if not error <= TOLERANCE * scale + torch.finfo(torch.float32).tiny:
-                raise RuntimeError(
-                    f"Layer {name!r}: the extracted layer's output differs from the projected one's by "
-                    f"{error / max(scale, 1e-300):.1e} of its norm; expected at most {TOLERANCE:.0e}. The weights have "
-                    "changed since they were projected, or this is a bug of lowrank_pl"
-                )
+        error = float(torch.linalg.vector_norm(copy.deepcopy(module).double()(x.double()) - expected))
+        scale = float(torch.linalg.vector_norm(expected))
+        if not error <= TOLERANCE * scale + torch.finfo(torch.float32).tiny:
+            raise RuntimeError(
+                f"Layer {name!r}: the extracted layer's output differs from the projected one's by "
+                f"{error / max(scale, 1e-300):.1e} of its norm; expected at most {TOLERANCE:.0e}. The weights have "
+                "changed since they were projected, or this is a bug of lowrank_pl"
+            )
 
 
-def _faster_run(module: TiledLayer, x: Tensor) -> Run:
-    """Which of its two ways of running takes less time on this device."""
-    trials: dict[Run, TiledLayer] = {"factors": copy.deepcopy(module).eval(), "dense": copy.deepcopy(module).eval()}
-    for run, trial in trials.items():
-        trial.run = run
-    x = x.to(module.left[0].dtype)
+def _fastest(modules: list[nn.Module], x: Tensor) -> int:
+    """The place of the module that takes the least time on this device."""
+    trials = [copy.deepcopy(module).eval() for module in modules]
+    x = x.to(next(modules[0].parameters()).dtype)
     with torch.no_grad():
-        times = median_ms([partial(trial, x) for trial in trials.values()], x.device.type, seconds=0.02, rounds=3)
-    return min(zip(times, trials, strict=True))[1]
+        times = median_ms([partial(trial, x) for trial in trials], x.device.type, seconds=0.02, rounds=3)
+    return times.index(min(times))

@@ -37,6 +37,13 @@ class LayerSpec:
         return (self.out_channels, self.in_channels // self.groups, *self.kernel)
 
     @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the weight as PyTorch stores it: `[S, T / groups, *kernel]` for transposed convolutions."""
+        if self.kind != "conv_transpose":
+            return self.operator_shape
+        return (self.in_channels, self.out_channels // self.groups, *self.kernel)
+
+    @property
     def num_weights(self) -> int:
         """Weights, the bias apart."""
         return math.prod(self.operator_shape)

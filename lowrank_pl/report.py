@@ -13,13 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl.compression import Row
 from lowrank_pl.extraction import RECORD
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import TiledLayer, spec_of
+from lowrank_pl.layers import spec_of
+from lowrank_pl.structures import Dense, Layout, layout_from_dict
 from lowrank_pl.surgery import Trace, find_layers, num_parameters, record, run
 from lowrank_pl.terminal import terminal
 from lowrank_pl.timing import median_ms
@@ -166,9 +168,9 @@ def _report(dense: nn.Module, compressed: nn.Module, trace: Trace, total: tuple[
     entry = getattr(compressed, RECORD, {"layers": {}, "notes": {}})
     layers = []
     for name, layer in find_layers(dense).items():
-        structure = entry["layers"].get(name)
-        sizes = _layer_sizes(name, (layer, compressed.get_submodule(name)), trace, structure, latency)
-        layers.append(LayerSize(name, _structure_name(structure), *sizes, entry["notes"].get(name, "")))
+        layout = _layout(layer, entry["layers"].get(name), trace.inputs(name))
+        sizes = _layer_sizes(name, (layer, compressed.get_submodule(name)), trace, layout, latency)
+        layers.append(LayerSize(name, layout.describe(), *sizes, entry["notes"].get(name, "")))
     parameter = next(dense.parameters(), torch.zeros(()))
     uncounted = sorted({type(module).__name__ for module in dense.modules() if isinstance(module, nn.RNNBase)})
     return Report(*total, layers, _device_name(parameter.device), torch.get_num_threads(), tuple(uncounted))
@@ -190,37 +192,29 @@ def print_plan(rows: Sequence[Row], console: Console | None = None) -> None:
     (console or terminal()).print(table)
 
 
+def _layout(layer: nn.Module, entry: dict[str, Any] | None, inputs: tuple[tuple[int, ...], ...]) -> Layout:
+    """What a record says became of a layer."""
+    spec = LayerSpec("linear", 0, 0) if isinstance(layer, LazyModuleMixin) else spec_of(layer).with_(inputs=inputs)
+    return Dense(spec) if entry is None else layout_from_dict(entry["structure"], spec)
+
+
 def _layer_sizes(
-    name: str, pair: tuple[nn.Module, nn.Module], trace: Trace, entry: dict[str, Any] | None, latency: bool
+    name: str, pair: tuple[nn.Module, nn.Module], trace: Trace, layout: Layout, latency: bool
 ) -> tuple[Size, Size]:
     """A layer and what replaces it, for one input of the network: all its calls, tokens and windows count."""
-    inputs = trace.inputs(name)
+    inputs = layout.layer.inputs
     if not inputs or name not in trace.samples:
         return Size(num_parameters(pair[0])), Size(num_parameters(pair[1]))
-    spec = spec_of(pair[0]).with_(inputs=inputs)
     times: dict[str, list[float]] = {}
     for size in BATCHES if latency else ():
         batch = _batch((trace.samples[name],), size * inputs[0][0])
         times[str(size)] = median_ms([_runner(copy.deepcopy(m).eval(), batch) for m in pair], batch[0].device.type)
-    macs = spec.macs, _deployed_macs(spec, pair[1], entry)
+    macs = layout.layer.macs, layout.macs
     first, second = (
         Size(num_parameters(module), macs[i], {size: ms[i] for size, ms in times.items()})
         for i, module in enumerate(pair)
     )
     return first, second
-
-
-def _deployed_macs(spec: LayerSpec, module: nn.Module, entry: dict[str, Any] | None) -> int | None:
-    if entry is None or spec.macs is None:
-        return spec.macs
-    if isinstance(module, TiledLayer):
-        weights = num_parameters(module) - (0 if module.bias is None else module.bias.numel())
-        return spec.macs if module.run == "dense" else spec.macs // spec.num_weights * weights
-    total, inputs = 0, spec.inputs
-    for values in entry["structure"].get("stages", []):  # a constant has none
-        stage = LayerSpec.from_dict(values).with_(inputs=inputs)
-        total, inputs = total + (stage.macs or 0), stage.outputs
-    return total
 
 
 def _measure(pair: tuple[nn.Module, nn.Module], arguments: tuple[Any, ...], latency: bool) -> tuple[Size, Size]:
@@ -263,23 +257,6 @@ def _batch(arguments: tuple[Any, ...], size: int) -> tuple[Any, ...]:
     """The arguments with so many inputs, repeated as needed."""
     repeat = lambda x: x[torch.arange(size) % len(x)] if x.dim() else x  # noqa: E731
     return tree_map_only(Tensor, repeat, arguments)
-
-
-def _structure_name(entry: dict[str, Any] | None) -> str:
-    if entry is None:
-        return "dense"
-    structure = entry["structure"]
-    if structure["kind"] == "tiles":
-        return f"tiles of {structure['tile']}, rank {structure['rank']}"
-    if structure["kind"] == "constant":
-        return "constant"
-    return " > ".join(_stage_name(stage) for stage in structure["stages"])
-
-
-def _stage_name(stage: dict[str, Any]) -> str:
-    kernel = "x".join(map(str, stage["kernel"]))
-    groups = f" /{stage['groups']}" if stage["groups"] > 1 else ""
-    return f"{kernel} {stage['out_channels']}{groups}".strip()
 
 
 def _device_name(device: torch.device) -> str:

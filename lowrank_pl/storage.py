@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lowrank_pl.decompositions import module_from_dict
 from lowrank_pl.extraction import RECORD
 from lowrank_pl.files import write_files
 from lowrank_pl.layers import spec_of
+from lowrank_pl.structures import layout_from_dict
 from lowrank_pl.surgery import detached_copy, find_layers, replace_layers
 
 FORMAT = 1
@@ -125,7 +125,8 @@ def _rebuild(model: nn.Module, entries: dict[str, Any], folder: Path) -> nn.Modu
                 f"{spec_of(layers[name]).to_dict() if name in layers else 'missing'} here"
             )
         with torch.device("meta"):
-            module = module_from_dict(entry["structure"], spec_of(layers[name]), layers[name].bias is not None)
+            layout = layout_from_dict(entry["structure"], spec_of(layers[name]))
+            module = layout.build(layers[name].bias is not None)
             replacements[layers[name]] = module.to(layers[name].weight.dtype)  # type: ignore[arg-type]
     return replace_layers(skeleton, replacements).train(model.training)
 

@@ -6,10 +6,10 @@ import copy
 import math
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -32,17 +32,28 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {clean_name(name): module for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)}
 
 
-def obstacle(model: nn.Module, layer: nn.Module) -> str | None:
-    """Why this layer can be neither projected nor replaced, whatever the decomposition; None if it can."""
+def obstacles(model: nn.Module) -> dict[nn.Module, str]:
+    """The layers that can be neither projected nor replaced, whatever the decomposition, and why; in one pass."""
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    read_by_attention = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    found = {}
+    for layer in find_layers(model).values():
+        reason = _obstacle(layer, owners)
+        if reason is None and layer in read_by_attention:
+            reason = "never called: attention reads its weight directly"
+        if reason is not None:
+            found[layer] = reason
+    return found
+
+
+def _obstacle(layer: nn.Module, owners: Mapping[int, int]) -> str | None:
+    weight = layer._parameters.get("weight")
     if isinstance(layer, LazyModuleMixin):
         return "lazy: its shape is not known yet"
-    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+    if not isinstance(weight, nn.Parameter):
         return "its weight is parametrized"
-    owners = [m for m in model.modules() for p in m._parameters.values() if p is layer.weight]
-    if len(owners) > 1:
+    if owners[id(weight)] > 1:
         return "its weight is tied to another module's"
-    if any(isinstance(m, nn.MultiheadAttention) and layer in (m.out_proj,) for m in model.modules()):
-        return "never called: attention reads its weight directly"
     if type(layer) not in LAYER_TYPES and type(layer).forward not in {kind.forward for kind in LAYER_TYPES}:
         return f"a {type(layer).__name__} with a forward of its own"
     return None
@@ -61,11 +72,16 @@ class Trace:
     # what the whole model, or one of its children, was called with: a few inputs of the batch
     arguments: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
+    def all_inputs(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Every layer's `LayerSpec.inputs` for one input of the network (for the whole batch, where some count does not
+        divide)."""
+        whole = all(n % self.batch == 0 for sizes in self.calls.values() for n in sizes.values())
+        batch = self.batch if whole else 1
+        return {name: tuple((n // batch, *size) for size, n in sizes.items()) for name, sizes in self.calls.items()}
+
     def inputs(self, name: str) -> tuple[tuple[int, ...], ...]:
-        """`LayerSpec.inputs` for one input of the network (for the whole batch, where some count does not divide)."""
-        counts = [Fraction(n, self.batch) for sizes in self.calls.values() for n in sizes.values()]
-        batch = self.batch if all(n.denominator == 1 for n in counts) else 1
-        return tuple((n // batch, *size) for size, n in self.calls.get(name, {}).items())
+        """Those of one layer; empty if it never ran."""
+        return self.all_inputs().get(name, ())
 
     def under(self, name: str) -> Trace:
         """What was heard of one submodule, under its own names."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import final
+from typing import Any, final
 
 from torch import nn
 
@@ -58,6 +59,7 @@ class Targets:
         last = linears[-1:] if self.skip_last else []
         reasons = {}
         for name, layer in layers.items():
+            width: Any = math.inf if isinstance(layer, nn.Linear) else layer.in_channels
             if not matches(name, self.include) or matches(name, self.exclude):
                 reasons[name] = "not among the targets"
             elif self.types is not None and not any(kind.__name__ in self.types for kind in type(layer).__mro__):
@@ -66,7 +68,7 @@ class Targets:
                 reasons[name] = "the first convolution"
             elif name in last:
                 reasons[name] = "the last linear layer"
-            elif not isinstance(layer, nn.Linear) and layer.in_channels < self.min_channels:  # type: ignore[operator]
+            elif width < self.min_channels:
                 reasons[name] = f"fewer than {self.min_channels} input channels"
         return reasons
 

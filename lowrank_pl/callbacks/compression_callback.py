@@ -1,25 +1,30 @@
-"""What every compressing callback shares: life cycle, evaluation, checkpoints, processes."""
+"""What every compressing callback shares: when it listens, plans, projects, swaps and saves."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Literal, TypeAlias
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
+from lowrank_pl.callbacks.listener import Listener
 from lowrank_pl.callbacks.quiet import batch_norms, recalibrate_batch_norms_
-from lowrank_pl.callbacks.stash import Stash, fingerprints
-from lowrank_pl.choices import resolve
-from lowrank_pl.compression import DEFAULT_RANK, Plan, make_plan
-from lowrank_pl.decompositions import Decomposition, Rank
+from lowrank_pl.callbacks.swap import Swap
+from lowrank_pl.checks import check_int
+from lowrank_pl.compression import DEFAULT_RANK, MethodChoice, Plan, RankChoice, make_plan
+from lowrank_pl.decompositions import Candidates, Choice
 from lowrank_pl.methods import Distortion, distort_
+from lowrank_pl.names import resolve
+from lowrank_pl.processes import equalize_
 from lowrank_pl.ranks import RankRule
-from lowrank_pl.surgery import Recorder, Trace
+from lowrank_pl.surgery import Trace
 from lowrank_pl.targets import Targets
+
+Occasion: TypeAlias = Literal["training", "evaluation", "end"]
 
 
 class CompressionCallback(pl.Callback, ABC):
@@ -28,52 +33,56 @@ class CompressionCallback(pl.Callback, ABC):
     """
 
     def __init__(
-        self, method: Any, rank: Any, targets: Targets | None, evaluate_distorted: bool, recalibrate_bn: int
+        self,
+        method: MethodChoice,
+        rank: RankChoice | None,
+        targets: Targets | None,
+        evaluate_distorted: bool,
+        recalibrate_bn: int,
     ) -> None:
         rank = DEFAULT_RANK if rank is None else rank
-        resolve(method, Decomposition, "method")  # type: ignore[type-abstract]
+        resolve(method, Candidates, "method")  # type: ignore[type-abstract]
         resolve(rank, RankRule, "rank")  # type: ignore[type-abstract]
         if targets is not None and not isinstance(targets, Targets):
             raise TypeError(f"Expected argument `targets` to be a Targets but got {targets!r}")
-        if type(recalibrate_bn) is not int or recalibrate_bn < 0:
-            raise ValueError(f"Expected argument `recalibrate_bn` to be a number of batches but got {recalibrate_bn!r}")
+        check_int("recalibrate_bn", recalibrate_bn, 0, "number of batches")
         self.method, self.rank, self.targets = method, rank, targets
         self.evaluate_distorted, self.recalibrate_bn = evaluate_distorted, recalibrate_bn
         self.plan: Plan | None = None
-        self.trace: Trace | None = None
         self.distortion: Distortion | None = None  # the last one
         self.last_step = 0  # the optimizer step after which training was last acted on
         self._restored = False
         self._module: pl.LightningModule | None = None
-        self._recorder: Recorder | None = None
-        self._projected: list[tuple[int, int]] | None = None  # the weights' fingerprints right after a projection
-        self._evaluating: Stash | None = None
-        self._closed: Stash | None = None
+        self._listener, self._swap = Listener(), Swap()
 
     @abstractmethod
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Act, if it is time: the first batch has been heard and the plan is made."""
 
     @abstractmethod
-    def project(self, trainer: pl.Trainer, plan: Plan, closing: bool) -> Distortion:
-        """Put the weights that would be deployed now in place of the training weights; `closing` at the end of a
-        fit."""
+    def project(self, trainer: pl.Trainer, plan: Plan, occasion: Occasion) -> Distortion:
+        """Put the weights that would be deployed now in place of the training weights."""
 
     @abstractmethod
     def planned(self, trainer: pl.Trainer, plan: Plan) -> None:
         """The plan has been made, for the first time since setup."""
 
-    # -- life cycle ------------------------------------------------------------------------------------------------
+    @property
+    def trace(self) -> Trace | None:
+        """What the first batch showed."""
+        return self._listener.trace
+
+    # -- when ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         _check_supported(trainer, type(self).__name__)
         if pl_module is not self._module:  # a plan holds the layers of one module
-            self.plan, self._projected, self._module = None, None, pl_module
+            self.plan, self._module = None, pl_module
+            self._swap.unmark()
         if stage == "fit":
-            if self._closed is not None and self._closed.is_intact():
-                self._closed.restore_()  # another fit goes on from the training weights
-            self.plan = self.trace = self.distortion = self._projected = self._closed = None
-            self._restored = False
+            self._swap.reopen()  # another fit goes on from the training weights
+            self.plan = self.distortion = None
+            self._listener, self._restored = Listener(), False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for name in ("monitor_loss", "recalibrate_bn"):
@@ -92,8 +101,7 @@ class CompressionCallback(pl.Callback, ABC):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._recorder is None and (self.trace is None or not self.trace.samples):
-            self._recorder = Recorder(pl_module)
+        self._listener.start(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -103,85 +111,17 @@ class CompressionCallback(pl.Callback, ABC):
 
     def finish_listening(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first batch has run: make the plan."""
-        if self._recorder is not None:
-            self.trace, self._recorder = self._recorder.stop(), None
+        if self._listener.stop():
             self._make_plan(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.close(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if self._recorder is not None:
-            self._recorder.stop()
-            self._recorder = None
-        self._end_evaluation()
+        self._listener.give_up()
+        self._swap.end_evaluation()
         if isinstance(exception, KeyboardInterrupt) and self.trace is not None:
             self.close(trainer, pl_module)
-
-    def close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave projected weights in memory; does nothing if they are.
-
-        Somebody who wrote to them since the last time (weight averaging, say) gets them projected at the same ranks.
-        """
-        if self._closed is not None and self._closed.is_intact():
-            return
-        ranks = self.distortion.ranks if self._closed is not None and self.distortion is not None else None
-        plan = self._plan(trainer, pl_module)
-        buffers = [b for norm in batch_norms(pl_module) for b in norm.buffers()] if self.recalibrate_bn else []
-        closed = Stash([*(c.parameter for c in plan.compressions), *buffers])
-        if not self.is_projected():
-            delta_w = self.distort(trainer, pl_module, ranks, closing=True).delta_w
-            self.log_metrics(trainer, {"lowrank/delta_w": delta_w})
-        if self.recalibrate_bn:
-            recalibrate_batch_norms_(trainer, pl_module, self.recalibrate_bn)
-        closed.seal()
-        self._closed = closed
-
-    def log_metrics(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-        """To the loggers directly: `pl_module.log` drops steps that `log_every_n_steps` does not divide, and raises
-        when training has ended."""
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
-
-    @contextmanager
-    def training_weights(self) -> Iterator[None]:
-        """After a fit: the undistorted training weights in place of the projected ones, for as long as it lasts."""
-        assert self._closed is not None
-        projected = Stash(self._closed.tensors)
-        self._closed.restore_()
-        try:
-            yield
-        finally:
-            projected.restore_()
-            self._closed.seal()
-
-    # -- projection ------------------------------------------------------------------------------------------------
-
-    def is_projected(self) -> bool:
-        """Whether the module holds the last projection, untouched."""
-        return self.plan is not None and self._projected == fingerprints(c.weight for c in self.plan.compressions)
-
-    def distort(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        ranks: Mapping[str, Rank] | None = None,
-        closing: bool = False,
-    ) -> Distortion:
-        """Project all targets in place, at these ranks or as the method does.
-
-        The first process chooses, and all end with its very weights.
-        """
-        plan = self._plan(trainer, pl_module)
-        with torch.inference_mode(False):
-            plan.check_finite()  # on every process, so that all raise together
-            distortion = self.project(trainer, plan, closing) if ranks is None else distort_(plan, ranks)
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                for c in plan.compressions:
-                    torch.distributed.broadcast(c.weight, src=0)
-        self.distortion = distortion
-        self._projected = fingerprints(c.weight for c in plan.compressions)
-        return distortion
 
     def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Plan:
         if self.plan is None:
@@ -193,63 +133,117 @@ class CompressionCallback(pl.Callback, ABC):
         known = self.plan is not None
         self.plan = make_plan(pl_module, self.method, self.rank, self.targets, self.trace, training=True)
         for c in self.plan.compressions:
-            if c.weight.dtype not in (torch.float32, torch.float64):
+            if c.parameter.dtype not in (torch.float32, torch.float64):
                 raise TypeError(
-                    f"Layer {c.name!r}: expected float32 weights but got {c.weight.dtype}, which rounds "
+                    f"Layer {c.name!r}: expected float32 weights but got {c.parameter.dtype}, which rounds "
                     "the low rank away; train in mixed precision instead"
                 )
         if not known:
             self.planned(trainer, self.plan)
 
-    # -- evaluation ------------------------------------------------------------------------------------------------
+    # -- projected weights in place of training weights ------------------------------------------------------------
+
+    def distort(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        occasion: Occasion = "training",
+        choices: Mapping[str, Choice] | None = None,
+    ) -> Distortion:
+        """Project all targets in place, as these choices say or as the method does.
+
+        The first process chooses, and all end with its very weights.
+        """
+        plan = self._plan(trainer, pl_module)
+        with torch.inference_mode(False):
+            plan.check_finite()  # on every process, so that all raise together
+            given = None if choices is None else distort_(plan, choices)
+            distortion = given or self.project(trainer, plan, occasion)
+            equalize_(c.parameter for c in plan.compressions)
+        self.distortion = distortion
+        self._swap.mark(plan)
+        return distortion
+
+    def is_projected(self) -> bool:
+        """Whether the module holds the last projection, untouched."""
+        return self.plan is not None and self._swap.is_marked(self.plan)
+
+    def close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave projected weights in memory; does nothing if they are.
+
+        Somebody who wrote to them since the last time (weight averaging, say) gets them projected as before.
+        """
+        if self._swap.is_closed:
+            return
+        again = self.distortion.choices if self._swap.was_closed and self.distortion is not None else None
+        plan = self._plan(trainer, pl_module)
+        buffers = [b for norm in batch_norms(pl_module) for b in norm.buffers()] if self.recalibrate_bn else []
+
+        def project() -> None:
+            if not self.is_projected():
+                delta_w = self.distort(trainer, pl_module, "end", again).delta_w
+                self.log_metrics(trainer, {"lowrank/delta_w": delta_w})
+            if self.recalibrate_bn:
+                recalibrate_batch_norms_(trainer, pl_module, self.recalibrate_bn)
+
+        self._swap.close([*(c.parameter for c in plan.compressions), *buffers], project)
+
+    def training_weights(self) -> AbstractContextManager[None]:
+        """After a fit: the undistorted training weights in place of the projected ones, for as long as it lasts."""
+        return self._swap.training_weights()
 
     def _start_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.evaluate_distorted or trainer.sanity_checking or self.is_projected():
-            return
-        plan = self._plan(trainer, pl_module)
-        self._evaluating = Stash(c.parameter for c in plan.compressions)
-        self.distort(trainer, pl_module)
-        self._evaluating.seal()
-
-    def _end_evaluation(self) -> None:
-        if self._evaluating is not None:
-            self._evaluating.restore_()
-            self._evaluating = None
+        if self.evaluate_distorted and not trainer.sanity_checking and not self.is_projected():
+            plan = self._plan(trainer, pl_module)
+            self._swap.start_evaluation(plan, lambda: self.distort(trainer, pl_module, "evaluation"))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start_evaluation(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end_evaluation()
+        self._swap.end_evaluation()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start_evaluation(trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end_evaluation()
+        self._swap.end_evaluation()
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start_evaluation(trainer, pl_module)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end_evaluation()
+        self._swap.end_evaluation()
 
-    # -- checkpoints -----------------------------------------------------------------------------------------------
+    # -- checkpoints and logs --------------------------------------------------------------------------------------
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        for stash in (self._evaluating, self._closed):
-            if stash is not None and stash.is_intact():
-                stash.substitute(pl_module, checkpoint["state_dict"])
+        self._swap.substitute(pl_module, checkpoint["state_dict"])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_step": self.last_step, "trace": None if self.trace is None else self.trace.state_dict()}
+        return {"last_step": self.last_step, "trace": self._listener.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.last_step = state_dict["last_step"]
-        self.trace = None if state_dict["trace"] is None else Trace.from_state_dict(state_dict["trace"])
-        self._restored = True
+        self.last_step, self._restored = state_dict["last_step"], True
+        self._listener.load_state_dict(state_dict["trace"])
+
+    def log_metrics(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+        """To the loggers directly: `pl_module.log` drops steps that `log_every_n_steps` does not divide, and raises
+        when training has ended."""
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def rank_metrics(plan: Plan, choices: Mapping[str, Choice]) -> dict[str, float]:
+    """The ranks for a logger, `lowrank/rank/LAYER`; that of a dense layer is its full rank."""
+    values = {}
+    for c in plan.compressions:
+        own = choices[c.name].rank or c.full
+        for i, r in enumerate(own):
+            values[f"lowrank/rank/{c.name}" + (f"/{i}" if len(own) > 1 else "")] = float(r)
+    return values
 
 
 def _check_supported(trainer: pl.Trainer, name: str) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 
-from lowrank_pl.callbacks.compression_callback import CompressionCallback
+from lowrank_pl.callbacks.compression_callback import CompressionCallback, Occasion, rank_metrics
 from lowrank_pl.callbacks.quiet import quiet_copy, training_loss
-from lowrank_pl.compression import Plan
+from lowrank_pl.checks import check_int
+from lowrank_pl.compression import MethodChoice, Plan, RankChoice
+from lowrank_pl.decompositions import Choice
 from lowrank_pl.methods import Distortion, distort_, is_due
+from lowrank_pl.processes import from_first
+from lowrank_pl.ranks import RankProblem
 from lowrank_pl.report import print_plan
 from lowrank_pl.targets import Targets
 
@@ -21,11 +26,17 @@ class DeepTwist(CompressionCallback):
     ends on a distortion, whatever ended it, so that `ExtractStructure` finds a network of that structure. This last one
     is in memory only: checkpoints hold the undistorted weights, and a resumed run goes on as if it had not stopped.
 
+    Ranks are chosen once, at the first distortion (or at the start, where the rule looks at shapes alone), and kept: a
+    rule that is asked again about weights that it has projected chooses smaller and smaller ranks. They are printed
+    and logged then (`lowrank/rank/LAYER`).
+
     Args:
         S_D: optimizer steps (not micro-batches) from one distortion to the next.
         method: a decomposition, its snake-case name, or a mapping from name patterns to either.
         rank: a rank rule, or a mapping from name patterns to rules; default `CompressionRatio(2.0)`.
         targets: which layers; default `Targets()`, all but the first convolution and the last linear layer.
+        choose_at: the first distortion comes when so many optimizer steps have been made. For training from scratch,
+            where weights say nothing about ranks at first.
         evaluate_distorted: validation, test and prediction see projected weights, as they would be deployed.
         recalibrate_bn: re-estimate batch norm statistics over so many training batches after the last distortion.
         monitor_loss: log the loss of the current batch before and after each distortion (two extra forward passes).
@@ -37,28 +48,44 @@ class DeepTwist(CompressionCallback):
     def __init__(
         self,
         S_D: int = 200,
-        method: Any = "tiled_svd",
-        rank: Any = None,
+        method: MethodChoice = "tiled_svd",
+        rank: RankChoice | None = None,
         targets: Targets | None = None,
         evaluate_distorted: bool = True,
         recalibrate_bn: int = 0,
         monitor_loss: bool = False,
+        choose_at: int = 0,
     ) -> None:
         super().__init__(method, rank, targets, evaluate_distorted, recalibrate_bn)
-        if type(S_D) is not int or S_D < 1:
-            raise ValueError(f"Expected argument `S_D` to be at least 1 optimizer step but got {S_D!r}")
-        self.S_D, self.monitor_loss = S_D, monitor_loss
+        check_int("S_D", S_D, 1, "number of optimizer steps")
+        check_int("choose_at", choose_at, 0, "number of optimizer steps")
+        self.S_D, self.monitor_loss, self.choose_at = S_D, monitor_loss, choose_at
+        self.choices: dict[str, Choice] | None = None
+        self._loaded: Mapping[str, list[int]] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.choices = self._loaded = None
 
     def planned(self, trainer: pl.Trainer, plan: Plan) -> None:
-        if trainer.is_global_zero:
-            print_plan(plan.rows(plan.choose_ranks()))
+        if self._loaded is not None:
+            self.choices, self._loaded = _restored(plan, self._loaded), None
+            self._show(trainer, plan)
+        elif all(c.rule.sees_shapes_alone for c in plan.compressions):
+            self._choose(trainer, plan, plan.problems())
 
-    def project(self, trainer: pl.Trainer, plan: Plan, closing: bool) -> Distortion:
-        ranks = plan.choose_ranks() if trainer.is_global_zero else None
-        return distort_(plan, trainer.strategy.broadcast(ranks))
+    def project(self, trainer: pl.Trainer, plan: Plan, occasion: Occasion) -> Distortion:
+        problems, choices = plan.problems(), self.choices
+        if choices is None and occasion == "evaluation":  # as it would be deployed now; nothing is settled yet
+            choices = from_first(lambda: plan.choose_ranks(problems))
+        elif choices is None:
+            choices = self._choose(trainer, plan, problems)
+        return distort_(plan, choices, problems)
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        if not is_due(trainer.global_step, self.last_step, self.S_D):
+        step = trainer.global_step
+        if step < self.choose_at or not is_due(step, self.last_step, self.S_D):
             return
         metrics = {}
         if self.monitor_loss:
@@ -66,8 +93,39 @@ class DeepTwist(CompressionCallback):
         metrics["lowrank/delta_w"] = self.distort(trainer, pl_module).delta_w
         if self.monitor_loss:
             metrics["lowrank/loss_after"] = self._loss(trainer, pl_module, batch, batch_idx)
-        self.last_step = trainer.global_step
+        self.last_step = step
         self.log_metrics(trainer, metrics)
+
+    def _choose(self, trainer: pl.Trainer, plan: Plan, problems: Mapping[str, RankProblem]) -> dict[str, Choice]:
+        self.choices = from_first(lambda: plan.choose_ranks(problems))
+        self._show(trainer, plan)
+        self.log_metrics(trainer, rank_metrics(plan, self.choices))
+        return self.choices
+
+    def _show(self, trainer: pl.Trainer, plan: Plan) -> None:
+        if trainer.is_global_zero and self.choices is not None:
+            print_plan(plan.rows(self.choices))
 
     def _loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> float:
         return training_loss(trainer, quiet_copy(trainer, pl_module), batch, batch_idx)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.choices is None or self.plan is None:
+            stored = self._loaded
+        else:
+            stored = {c.name: c.to_list(self.choices[c.name]) for c in self.plan.compressions}
+        return {**super().state_dict(), "ranks": stored}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._loaded = state_dict.get("ranks")  # before 0.2 they were not kept: chosen at the next distortion
+
+
+def _restored(plan: Plan, ranks: Mapping[str, list[int]]) -> dict[str, Choice]:
+    for c in plan.compressions:
+        if c.name not in ranks:
+            raise ValueError(
+                f"Layer {c.name!r} takes part now but did not when the checkpoint was written: expected the same "
+                "network, method and targets"
+            )
+    return {c.name: c.from_list(ranks[c.name]) for c in plan.compressions}

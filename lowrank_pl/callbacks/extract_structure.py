@@ -47,8 +47,9 @@ class ExtractStructure(pl.Callback):
         method.close(trainer, pl_module)
         assert method.plan is not None
         assert method.distortion is not None
-        projected = method.distortion.structures
-        whole = extract(pl_module, method.plan, projected, method.trace, shared=(trainer,), in_memory=True)
+        plan, last = method.plan, method.distortion
+        notes = {c.name: c.note(last.choices[c.name]) for c in plan.compressions}
+        whole = extract(pl_module, plan, last.structures, notes, method.trace, shared=(trainer,), in_memory=True)
         dense = detached_copy(pl_module, shared=(trainer,))
         for copied in (whole, dense):
             _forget(copied, trainer)

@@ -7,14 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import move_data_to_device
 from torch.optim import LBFGS, SGD, Optimizer
+from typing_extensions import Unpack
 
-from lowrank_pl.callbacks.compression_callback import CompressionCallback
+from lowrank_pl.callbacks.compression_callback import CompressionCallback, Occasion, rank_metrics
+from lowrank_pl.callbacks.l_step import LStep, LStepNames, l_step_of
 from lowrank_pl.callbacks.learning_rate import clear_momentum_, stability, start_l_step_
-from lowrank_pl.compression import Plan, make_plan, write_weights_
-from lowrank_pl.costs import Latency
-from lowrank_pl.decompositions import Dense, chosen
+from lowrank_pl.checks import check_int, check_number
+from lowrank_pl.compression import MethodChoice, Plan, make_plan, write_weights_
+from lowrank_pl.costs import Cost, Latency
+from lowrank_pl.decompositions import DENSE, ZERO
 from lowrank_pl.methods import CStep, Distortion, LCState, add_penalty_gradients_, c_step, least_mu
+from lowrank_pl.processes import from_first, is_parallel
 from lowrank_pl.ranks import CostBudget, CostPenalty
 from lowrank_pl.report import print_plan
 from lowrank_pl.targets import Targets
@@ -37,14 +43,11 @@ class LearningCompression(CompressionCallback):
         cost: `"macs"`, `"params"`, `"latency"`, or a function from a `LayerSpec` to a number.
         mu0, growth: `mu = mu0 * growth^j` at C step j, counted from 0.
         steps: C steps, the first included.
-        l_step_epochs, l_step_steps: the length of an L step in epochs, or in optimizer steps.
+        l_step: an `LStep(epochs=...)`; or its fields here: `l_step_epochs` or `l_step_steps`, `penalty`, `lr_decay`,
+            `restart_lr`, `clear_momentum`.
         normalize: multiply lambda by each layer's `||W||^2` at the start (the authors' code, for all but LeNet300).
-        penalty: `"augmented"`, or `"quadratic"`: without multipliers.
         targets: which layers; default `Targets()`, all but the first convolution and the last linear layer.
         patience, tolerance: also end when no rank has changed for so many C steps and `||W - Theta|| / ||W||` is below.
-        clear_momentum: every L step starts with the optimizer's state empty.
-        restart_lr: every L step starts at the initial learning rate, and its schedule anew.
-        lr_decay: multiplies the (initial) learning rate at every L step: `lr * lr_decay^j`.
         evaluate_distorted: validation, test and prediction see Theta.
         recalibrate_bn: re-estimate batch norm statistics over so many training batches at the end.
 
@@ -58,46 +61,37 @@ class LearningCompression(CompressionCallback):
         self,
         lambda_: float | None = None,
         budget: CostBudget | None = None,
-        method: Any = "svd",
-        cost: Any = "macs",
+        method: MethodChoice = "svd",
+        cost: str | Cost = "macs",
         mu0: float = 1e-3,
         growth: float = 1.2,
         steps: int = 40,
-        l_step_epochs: int | None = None,
-        l_step_steps: int | None = None,
+        l_step: LStep | None = None,
         normalize: bool = True,
-        penalty: str = "augmented",
         targets: Targets | None = None,
         patience: int = 5,
         tolerance: float = 1e-3,
-        clear_momentum: bool = False,
-        restart_lr: bool = False,
-        lr_decay: float = 1.0,
         evaluate_distorted: bool = True,
         recalibrate_bn: int = 0,
+        **l_step_names: Unpack[LStepNames],
     ) -> None:
         if (lambda_ is None) == (budget is None):
             raise ValueError("Expected exactly one of the arguments `lambda_` and `budget`")
-        if (l_step_epochs is None) == (l_step_steps is None):
-            raise ValueError("Expected exactly one of the arguments `l_step_epochs` and `l_step_steps`")
         if budget is not None and not isinstance(budget, CostBudget):
             raise TypeError(
                 f"Expected argument `budget` to be a CostBudget such as CostBudget('macs', 0.5), not {budget!r}"
             )
-        if penalty not in ("augmented", "quadratic"):
-            raise ValueError(f"Expected argument `penalty` to be 'augmented' or 'quadratic' but got {penalty!r}")
-        counts = {"steps": steps, "patience": patience, "l_step_epochs": l_step_epochs, "l_step_steps": l_step_steps}
-        for name, count in counts.items():
-            _check_count(name, count)
-        for name, value, above in (("mu0", mu0, 0.0), ("growth", growth, 1.0), ("lr_decay", lr_decay, 0.0)):
-            _check_number(name, value, above)
+        if l_step is not None and l_step_names:
+            raise ValueError(f"Expected argument `l_step` or its fields {sorted(l_step_names)} but got both")
+        check_int("steps", steps, 1)
+        check_int("patience", patience, 1)
+        check_number("mu0", mu0, lambda x: 0 < x < float("inf"), "a number above 0")
+        check_number("growth", growth, lambda x: 1 < x < float("inf"), "a number above 1")
         self.rule = CostPenalty(lambda_, cost) if budget is None else budget  # type: ignore[arg-type]
         super().__init__(method, self.rule, targets, evaluate_distorted, recalibrate_bn)
-        self.mu0, self.growth, self.steps = mu0, growth, steps
-        self.l_step_epochs, self.l_step_steps = l_step_epochs, l_step_steps
-        self.normalize, self.penalty = normalize, penalty
+        self.mu0, self.growth, self.steps, self.normalize = mu0, growth, steps, normalize
+        self.l_step = l_step_of(l_step_names) if l_step is None else l_step
         self.patience, self.tolerance = patience, tolerance
-        self.clear_momentum, self.restart_lr, self.lr_decay = clear_momentum, restart_lr, lr_decay
         self.state: LCState | None = None
         self.epochs = 0  # of the current L step
         self.finished = False
@@ -138,17 +132,17 @@ class LearningCompression(CompressionCallback):
         assert self.plan is not None
         self._start(trainer, self.plan)
         self.epochs += int(trainer.is_last_batch)
-        if self.l_step_epochs is not None:
-            due = self.epochs >= self.l_step_epochs
+        if self.l_step.epochs is not None:
+            due = self.epochs >= self.l_step.epochs
         else:
-            assert self.l_step_steps is not None
-            due = trainer.global_step - self.last_step >= self.l_step_steps
+            assert self.l_step.steps is not None
+            due = trainer.global_step - self.last_step >= self.l_step.steps
         if due and not self.finished:
             self._c_step(trainer, self.plan)
 
-    def project(self, trainer: pl.Trainer, plan: Plan, closing: bool) -> Distortion:
+    def project(self, trainer: pl.Trainer, plan: Plan, occasion: Occasion) -> Distortion:
         state = self.state
-        if closing and not self.finished:
+        if occasion == "end" and not self.finished:
             done = 0 if state is None else state.steps
             warnings.warn(
                 f"Training ended after {done} of {self.steps} C steps; the last one follows now, at the mu reached",
@@ -156,14 +150,11 @@ class LearningCompression(CompressionCallback):
             )
             if self.trace is not None:
                 mu = self.mu0 if state is None else state.mu
-                state, _ = c_step(plan, self.rule, state, mu, mu, self.normalize, normed=self._normed)
+                state, _ = self._next_state(plan, mu, mu)
         if state is None:  # nothing has been trained
-            return Distortion(
-                {},
-                {c.name: Dense(c.layer, c.decomposition.full_rank(c.layer), c.weight) for c in plan.compressions},
-                0.0,
-            )
-        return Distortion(state.ranks, state.structures, write_weights_(plan, state.structures))
+            dense = dict.fromkeys((c.name for c in plan.compressions), DENSE)
+            return Distortion(dense, plan.factor(dense), 0.0)
+        return Distortion(state.choices, state.structures, write_weights_(plan, state.structures))
 
     # -- C steps ---------------------------------------------------------------------------------------------------
 
@@ -172,20 +163,11 @@ class LearningCompression(CompressionCallback):
             self._c_step(trainer, plan)
             self._warn_of_zeros(plan)
             if trainer.is_global_zero:
-                print_plan(plan.rows(self.state.ranks))  # type: ignore[attr-defined]
+                print_plan(plan.rows(self.state.choices))  # type: ignore[attr-defined]
 
     def _c_step(self, trainer: pl.Trainer, plan: Plan) -> None:
         j = 0 if self.state is None else self.state.steps
-        self.state, done = c_step(
-            plan,
-            self.rule,
-            self.state,
-            mu=self.mu0 * self.growth**j,
-            next_mu=self.mu0 * self.growth ** (j + 1),
-            normalize=self.normalize,
-            augmented=self.penalty == "augmented",
-            normed=self._normed,
-        )
+        self.state, done = self._next_state(plan, self.mu0 * self.growth**j, self.mu0 * self.growth ** (j + 1))
         self.last_step, self.epochs = trainer.global_step, 0
         converged = self.state.unchanged >= self.patience and done.gap < self.tolerance
         self.finished = self.state.steps >= self.steps or converged
@@ -195,17 +177,35 @@ class LearningCompression(CompressionCallback):
             return
         self._warn_of_learning_rate(trainer)
         if j > 0:
-            start_l_step_(trainer, self.lr_decay, self.restart_lr)
-            if self.clear_momentum:
+            start_l_step_(trainer, self.l_step.lr_decay, self.l_step.restart_lr)
+            if self.l_step.clear_momentum:
                 clear_momentum_(trainer)
+
+    def _next_state(self, plan: Plan, mu: float, next_mu: float) -> tuple[LCState, CStep]:
+        """The first process takes the C step, the others receive what came out."""
+
+        def step() -> tuple[LCState, CStep]:
+            augmented = self.l_step.penalty == "augmented"
+            return c_step(plan, self.rule, self.state, mu, next_mu, self.normalize, augmented, self._normed)
+
+        if not is_parallel():
+            return step()
+        plan.check_finite()  # before: so that all raise together
+
+        def plain() -> tuple[Any, CStep]:
+            state, done = step()
+            return move_data_to_device(state.to_dict(plan), torch.device("cpu")), done
+
+        values, done = from_first(plain)
+        return LCState.from_dict(values, plan), done
 
     @property
     def length(self) -> dict[str, int]:
         """How long the trainer takes for all C steps: its `max_epochs` or `max_steps`."""
-        if self.l_step_epochs is not None:
-            return {"max_epochs": max((self.steps - 1) * self.l_step_epochs, 1)}
-        assert self.l_step_steps is not None
-        return {"max_epochs": -1, "max_steps": max((self.steps - 1) * self.l_step_steps, 1)}
+        if self.l_step.epochs is not None:
+            return {"max_epochs": max((self.steps - 1) * self.l_step.epochs, 1)}
+        assert self.l_step.steps is not None
+        return {"max_epochs": -1, "max_steps": max((self.steps - 1) * self.l_step.steps, 1)}
 
     @property
     def _normed(self) -> list[str]:
@@ -223,11 +223,8 @@ class LearningCompression(CompressionCallback):
             "lagrangian_after": done.after,
             "unpenalized": len(self.state.free),
         }
-        for c in plan.compressions:
-            own = chosen(c.decomposition, self.state.ranks[c.name])[1]
-            for i, r in enumerate(own):
-                values[f"rank/{c.name}" + (f"/{i}" if len(own) > 1 else "")] = r
-        return {f"lowrank/{name}": float(value) for name, value in values.items()}
+        logged = {f"lowrank/{name}": float(value) for name, value in values.items()}
+        return {**logged, **rank_metrics(plan, self.state.choices)}
 
     # -- what may be wrong -----------------------------------------------------------------------------------------
 
@@ -251,9 +248,9 @@ class LearningCompression(CompressionCallback):
 
     def _warn_of_zeros(self, plan: Plan) -> None:
         assert self.state is not None
-        ranks = self.state.ranks
-        zero = [c for c in plan.compressions if not any(ranks[c.name])]
-        factorized = [c for c in plan.compressions if any(ranks[c.name]) and c.is_cheaper(ranks[c.name])]
+        choices = self.state.choices
+        zero = [c for c in plan.compressions if choices[c.name] == ZERO]
+        factorized = [c for c in plan.compressions if choices[c.name] not in (ZERO, DENSE)]
         if factorized or not zero or not isinstance(self.rule, CostPenalty):
             return
         some, every = least_mu(Plan(zero, {}, {}), self.rule, self.state.scales)
@@ -278,22 +275,12 @@ class LearningCompression(CompressionCallback):
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        state = self._loaded if self.state is None else self.state.to_dict()
+        state = self._loaded if self.state is None or self.plan is None else self.state.to_dict(self.plan)
         return {**super().state_dict(), "lc": state, "epochs": self.epochs, "finished": self.finished}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._loaded, self.epochs, self.finished = state_dict["lc"], state_dict["epochs"], state_dict["finished"]
-
-
-def _check_count(name: str, value: int | None) -> None:
-    if value is not None and (type(value) is not int or value < 1):
-        raise ValueError(f"Expected argument `{name}` to be an int of at least 1 but got {value!r}")
-
-
-def _check_number(name: str, value: float, above: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value < float("inf"):
-        raise ValueError(f"Expected argument `{name}` to be a number above {above:g} but got {value!r}")
 
 
 def _check_optimizers(trainer: pl.Trainer) -> None:

@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor, nn
 
+from lowrank_pl.processes import equalize_
 from lowrank_pl.surgery import detached_copy
 
 
@@ -56,10 +57,12 @@ def recalibrate_batch_norms_(trainer: pl.Trainer, pl_module: pl.LightningModule,
             moved = trainer.strategy.batch_to_device(batch, clone.device)
             training_loss(trainer, clone, moved, i)
     for norm, fresh in zip(batch_norms(pl_module), norms, strict=True):
-        for name in ("running_mean", "running_var"):
-            getattr(norm, name).copy_(getattr(fresh, name))
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.broadcast(getattr(norm, name), src=0)
+        statistics = norm.running_mean, norm.running_var
+        for ours, theirs in zip(statistics, (fresh.running_mean, fresh.running_var), strict=True):
+            assert ours is not None
+            assert theirs is not None
+            ours.copy_(theirs)
+            equalize_([ours])
 
 
 def _random_state_kept(module: pl.LightningModule) -> AbstractContextManager[None]:

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
+
+from lowrank_pl.processes import place
 
 
 class EpochSampler(DistributedSampler):
@@ -35,7 +36,7 @@ class EpochSampler(DistributedSampler):
         if (rank is None) != (world_size is None):
             raise ValueError(f"`rank` and `world_size` come together, got {rank} and {world_size}")
         if rank is None:
-            rank, world_size = this_process()
+            rank, world_size = place()
         super().__init__(range(size), world_size, rank, shuffle, seed)  # type: ignore[arg-type]
         self.size, self.batch_size = size, batch_size
         self.first_batch = 0  # of the next epoch that is drawn: those before it have been served already
@@ -63,16 +64,9 @@ class ImageSampler(DistributedSampler):
     """The images of one epoch, one index each, for a loader of `batch_size`; an epoch can be taken up in its middle."""
 
     def __init__(self, images: Dataset, batch_size: int, shuffle: bool, seed: int) -> None:
-        rank, world_size = this_process()
+        rank, world_size = place()
         super().__init__(images, world_size, rank, shuffle, seed)
         self.batch_size, self.first_batch = batch_size, 0
 
     def __iter__(self) -> Iterator[int]:
         yield from list(super().__iter__())[self.first_batch * self.batch_size :]
-
-
-def this_process() -> tuple[int, int]:
-    """Rank and number of the processes that train together: (0, 1) without torch.distributed."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1

@@ -7,11 +7,11 @@ from typing import final
 
 from torch import Tensor
 
-from lowrank_pl.decompositions.base import Decomposition
-from lowrank_pl.decompositions.structure import Chain, Rank
+from lowrank_pl.decompositions.base import Decomposition, Truncation
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import as_operator
-from lowrank_pl.linalg import tail_energies, truncated_svd
+from lowrank_pl.linalg import decompose
+from lowrank_pl.structures import Chain, Layout, Rank
 
 
 @final
@@ -42,20 +42,17 @@ class BlockSVD(Decomposition):
     def full_rank(self, layer: LayerSpec) -> Rank:
         return (min(layer.out_channels, layer.num_weights // layer.out_channels // self.blocks(layer)),)
 
-    def stages(self, layer: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
+    def layout(self, layer: LayerSpec, rank: Rank) -> Chain:
         blocks = self.blocks(layer)
         first = layer.with_(out_channels=rank[0] * blocks, groups=blocks)
-        return first, first.then(layer.out_channels)
+        return Chain(layer, (first, first.then(layer.out_channels)))
 
-    def spectra(self, weight: Tensor, layer: LayerSpec) -> tuple[Tensor, ...]:
-        return (tail_energies(self._matrices(weight, layer)).sum(0),)
+    def analyze(self, weight: Tensor, layer: LayerSpec) -> Truncation:
+        blocks = as_operator(weight, layer).unflatten(1, (self.blocks(layer), -1)).transpose(0, 1).flatten(2)
+        return Truncation(self, layer, [decompose(blocks)], _arrange)  # of [blocks, T, c d d]
 
-    def _factor(self, weight: Tensor, layer: LayerSpec, rank: Rank) -> Chain:
-        left, right = (x.to(weight.dtype) for x in truncated_svd(self._matrices(weight, layer), rank[0]))
-        stages = self.stages(layer, rank)
-        mixing = left.transpose(0, 1).reshape(stages[1].operator_shape)  # [T, blocks r]
-        return Chain(layer, rank, stages, (right.reshape(stages[0].operator_shape), mixing))
 
-    def _matrices(self, weight: Tensor, layer: LayerSpec) -> Tensor:
-        """`[blocks, T, c d d]`."""
-        return as_operator(weight, layer).unflatten(1, (self.blocks(layer), -1)).transpose(0, 1).flatten(2)
+def _arrange(layer: LayerSpec, layout: Layout, factors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    ((left, right),) = factors
+    first, second = layout.shapes()
+    return [right.reshape(first), left.transpose(0, 1).reshape(second)]  # the second [T, blocks r]

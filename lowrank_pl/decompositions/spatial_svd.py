@@ -7,10 +7,10 @@ from typing import Any, final
 
 from torch import Tensor
 
-from lowrank_pl.decompositions.base import Decomposition
-from lowrank_pl.decompositions.structure import Chain, Rank
+from lowrank_pl.decompositions.base import Decomposition, Truncation
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.linalg import tail_energies, truncated_svd
+from lowrank_pl.linalg import decompose
+from lowrank_pl.structures import Chain, Layout, Rank
 
 
 @final
@@ -29,27 +29,24 @@ class SpatialSVD(Decomposition):
         height, width = layer.kernel
         return (min(layer.out_channels * width, layer.in_channels * height),)
 
-    def stages(self, layer: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
+    def layout(self, layer: LayerSpec, rank: Rank) -> Chain:
         def axis(i: int) -> dict[str, Any]:
             along = {name: _keep(getattr(layer, name), i, 1) for name in ("kernel", "stride", "dilation")}
             padding = "same" if layer.padding == "same" else _keep(layer.padding, i, 0)
             return {**along, "padding": padding}
 
         columns = layer.with_(out_channels=rank[0], **axis(0))
-        return columns, columns.then(layer.out_channels, padding_mode=layer.padding_mode, **axis(1))
+        return Chain(layer, (columns, columns.then(layer.out_channels, padding_mode=layer.padding_mode, **axis(1))))
 
-    def spectra(self, weight: Tensor, layer: LayerSpec) -> tuple[Tensor, ...]:
-        return (tail_energies(self._matrix(weight)),)
+    def analyze(self, weight: Tensor, layer: LayerSpec) -> Truncation:
+        matrix = weight.permute(0, 3, 1, 2).flatten(0, 1).flatten(1)  # (T d) x (S d)
+        return Truncation(self, layer, [decompose(matrix)], _arrange)
 
-    def _factor(self, weight: Tensor, layer: LayerSpec, rank: Rank) -> Chain:
-        left, right = (x.to(weight.dtype) for x in truncated_svd(self._matrix(weight), rank[0]))
-        stages = self.stages(layer, rank)
-        columns = right.reshape(stages[0].operator_shape)  # [r, S, d, 1]
-        rows = left.unflatten(0, (layer.out_channels, -1)).transpose(1, 2).unsqueeze(2)  # [T, r, 1, d]
-        return Chain(layer, rank, stages, (columns, rows))
 
-    def _matrix(self, weight: Tensor) -> Tensor:
-        return weight.permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
+def _arrange(layer: LayerSpec, layout: Layout, factors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    ((left, right),) = factors
+    columns = right.reshape(layout.shapes()[0])  # [r, S, d, 1]
+    return [columns, left.unflatten(0, (layer.out_channels, -1)).transpose(1, 2).unsqueeze(2)]  # and [T, r, 1, d]
 
 
 def only_ungrouped_conv2d(layer: LayerSpec) -> str | None:

@@ -7,11 +7,11 @@ from typing import final
 
 from torch import Tensor
 
-from lowrank_pl.decompositions.base import Decomposition
-from lowrank_pl.decompositions.structure import Chain, Rank
+from lowrank_pl.decompositions.base import Decomposition, Truncation
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import as_operator
-from lowrank_pl.linalg import tail_energies, truncated_svd
+from lowrank_pl.linalg import decompose
+from lowrank_pl.structures import Chain, Layout, Rank
 
 
 @final
@@ -32,33 +32,20 @@ class SVD(Decomposition):
         rows, columns = self._matrix_shape(layer)
         return (min(rows, columns),)
 
-    def stages(self, layer: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
+    def layout(self, layer: LayerSpec, rank: Rank) -> Chain:
         channels = rank[0] * layer.groups
         if layer.kind != "conv_transpose":
             first = layer.with_(out_channels=channels)
-            return first, first.then(layer.out_channels, groups=layer.groups)
+            return Chain(layer, (first, first.then(layer.out_channels, groups=layer.groups)))
         ones, zeros = (1,) * len(layer.kernel), (0,) * len(layer.kernel)
         first = layer.with_(
             kind="conv", out_channels=channels, kernel=ones, stride=ones, padding=zeros, dilation=ones,
             output_padding=zeros,
         )  # fmt: skip
-        return first, layer.with_(in_channels=channels, inputs=first.outputs)
+        return Chain(layer, (first, layer.with_(in_channels=channels, inputs=first.outputs)))
 
-    def spectra(self, weight: Tensor, layer: LayerSpec) -> tuple[Tensor, ...]:
-        return (tail_energies(self._matrices(weight, layer)).sum(0),)
-
-    def _factor(self, weight: Tensor, layer: LayerSpec, rank: Rank) -> Chain:
-        left, right = (x.to(weight.dtype) for x in truncated_svd(self._matrices(weight, layer), rank[0]))
-        stages = self.stages(layer, rank)
-        if layer.kind != "conv_transpose":
-            operators = right.reshape(stages[0].operator_shape), left.reshape(stages[1].operator_shape)
-        else:
-            per_output = right.unflatten(2, (layer.out_channels // layer.groups, -1)).transpose(1, 2)
-            operators = (
-                left.mT.reshape(stages[0].operator_shape),
-                per_output.reshape(stages[1].operator_shape),
-            )
-        return Chain(layer, rank, stages, operators)
+    def analyze(self, weight: Tensor, layer: LayerSpec) -> Truncation:
+        return Truncation(self, layer, [decompose(self._matrices(weight, layer))], _arrange)
 
     def _matrix_shape(self, layer: LayerSpec) -> tuple[int, int]:
         rows = layer.in_channels if layer.kind == "conv_transpose" else layer.out_channels
@@ -70,3 +57,12 @@ class SVD(Decomposition):
         if layer.kind == "conv_transpose":
             operator = operator.transpose(1, 2)
         return operator.flatten(2)
+
+
+def _arrange(layer: LayerSpec, layout: Layout, factors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    ((left, right),) = factors
+    first, second = layout.shapes()
+    if layer.kind != "conv_transpose":
+        return [right.reshape(first), left.reshape(second)]
+    per_output = right.unflatten(2, (layer.out_channels // layer.groups, -1)).transpose(1, 2)
+    return [left.mT.reshape(first), per_output.reshape(second)]

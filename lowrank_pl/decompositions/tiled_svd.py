@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor
 
-from lowrank_pl.decompositions.base import Decomposition
-from lowrank_pl.decompositions.structure import Rank, Tiles
+from lowrank_pl.decompositions.base import Decomposition, Truncation
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import Run, tile_regions
-from lowrank_pl.linalg import tail_energies, truncated_svd
+from lowrank_pl.linalg import decompose
+from lowrank_pl.structures import Layout, Rank, Tiles
 
 
 @final
@@ -47,36 +45,21 @@ class TiledSVD(Decomposition):
     def full_rank(self, layer: LayerSpec) -> Rank:
         return (self.side(layer),)
 
-    def stages(self, layer: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
-        """Per region of equal tiles two grouped products, over the tiles' columns and over their rows."""
-        positions = tuple((math.prod(size),) for size in layer.outputs)
-        stages = []
-        for rows, columns in tile_regions(layer, self.side(layer)):
-            inner = rows.tiles * columns.tiles * min(rank[0], rows.size, columns.size)
-            right = LayerSpec("linear", columns.tiles * columns.size, inner, groups=columns.tiles, inputs=positions)
-            stages += [right, right.then(rows.tiles * rows.size, groups=rows.tiles)]
-        return tuple(stages)
+    def layout(self, layer: LayerSpec, rank: Rank) -> Tiles:
+        return Tiles(layer, self.side(layer), rank[0], self.run)
 
-    def spectra(self, weight: Tensor, layer: LayerSpec) -> tuple[Tensor, ...]:
-        total = torch.zeros(self.side(layer) + 1, dtype=torch.float64, device=weight.device)
-        for tiles in self._tiles(weight, layer):
-            tails = tail_energies(tiles).sum((0, 1))
-            total[: len(tails)] += tails
-        return (total,)
-
-    def _factor(self, weight: Tensor, layer: LayerSpec, rank: Rank) -> Tiles:
-        lefts, rights = [], []
-        for tiles in self._tiles(weight, layer):  # [m, n, h, w]
-            left, right = truncated_svd(tiles, min(rank[0], *tiles.shape[-2:]))
-            lefts.append(left.transpose(1, 2).flatten(2).to(weight.dtype))  # [m, h, n r]
-            rights.append(right.transpose(0, 1).flatten(1, 2).to(weight.dtype))  # [n, m r, w]
-        return Tiles(layer, rank, self.side(layer), tuple(lefts), tuple(rights), self.run or "dense")
-
-    def _tiles(self, weight: Tensor, layer: LayerSpec) -> list[Tensor]:
+    def analyze(self, weight: Tensor, layer: LayerSpec) -> Truncation:
         matrix = weight.flatten(1)
-        return [
+        regions = [
             matrix[rows.start : rows.stop, columns.start : columns.stop]
             .reshape(rows.tiles, rows.size, columns.tiles, columns.size)
             .transpose(1, 2)
             for rows, columns in tile_regions(layer, self.side(layer))
         ]
+        return Truncation(self, layer, [decompose(tiles) for tiles in regions], _arrange)  # of [m, n, h, w]
+
+
+def _arrange(layer: LayerSpec, layout: Layout, factors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    lefts = [left.transpose(1, 2).flatten(2) for left, _ in factors]  # [m, h, n r]
+    rights = [right.transpose(0, 1).flatten(1, 2) for _, right in factors]  # [n, m r, w]
+    return [*lefts, *rights]

@@ -7,11 +7,11 @@ from typing import final
 
 from torch import Tensor
 
-from lowrank_pl.decompositions.base import Decomposition
+from lowrank_pl.decompositions.base import Analysis, Decomposition
 from lowrank_pl.decompositions.spatial_svd import only_ungrouped_conv2d
-from lowrank_pl.decompositions.structure import Chain, Rank
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.linalg import tail_energies, tucker2, unfold
+from lowrank_pl.linalg import left_system, tail_energies, tucker2, unfold
+from lowrank_pl.structures import Chain, Rank, Structure
 
 
 @final
@@ -30,23 +30,39 @@ class Tucker2(Decomposition):
         rows, columns = layer.out_channels, layer.in_channels
         return min(columns, rows * area), min(rows, columns * area)
 
-    def stages(self, layer: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
+    def layout(self, layer: LayerSpec, rank: Rank) -> Chain:
         ones, zeros = (1, 1), (0, 0)
         inner = layer.with_(
             out_channels=rank[0], kernel=ones, stride=ones, padding=zeros, dilation=ones, padding_mode="zeros"
         )
         core = layer.with_(in_channels=rank[0], out_channels=rank[1], inputs=inner.outputs)
-        return inner, core, core.then(layer.out_channels)
+        return Chain(layer, (inner, core, core.then(layer.out_channels)))
 
-    def spectra(self, weight: Tensor, layer: LayerSpec) -> tuple[Tensor, ...]:
+    def analyze(self, weight: Tensor, layer: LayerSpec) -> HigherOrderSVD:
         kernel = weight.flatten(2)
-        return tail_energies(unfold(kernel, 1)), tail_energies(unfold(kernel, 0))
+        return HigherOrderSVD(self, layer, kernel, left_system(unfold(kernel, 1)), left_system(unfold(kernel, 0)))
 
-    def _factor(self, weight: Tensor, layer: LayerSpec, rank: Rank) -> Chain:
-        factors = tucker2(weight.flatten(2), *rank)
-        outer, core, inner = (x.to(weight.dtype) for x in factors)
-        stages = self.stages(layer, rank)
-        operators = tuple(
-            x.reshape(stage.operator_shape) for x, stage in zip((inner, core, outer), stages, strict=True)
-        )
-        return Chain(layer, rank, stages, operators)
+
+@final
+@dataclass(frozen=True, eq=False)
+class HigherOrderSVD(Analysis):
+    """A kernel `[T, S, K]` with the squared singular values and left vectors of its unfoldings along S and T: what
+    Tucker-2 loses (at most), and where its iterations start."""
+
+    decomposition: Tucker2
+    layer: LayerSpec
+    kernel: Tensor
+    inner: tuple[Tensor, Tensor]
+    outer: tuple[Tensor, Tensor]
+
+    @property
+    def errors(self) -> tuple[Tensor, ...]:
+        return tail_energies(self.inner[0]), tail_energies(self.outer[0])
+
+    def factor(self, rank: Rank) -> Structure:
+        self.decomposition.check_rank(self.layer, rank)
+        starts = self.inner[1][:, : rank[0]], self.outer[1][:, : rank[1]]
+        outer, core, inner = (x.to(self.kernel.dtype) for x in tucker2(self.kernel, *starts))
+        layout = self.decomposition.layout(self.layer, rank)
+        shaped = (x.reshape(shape) for x, shape in zip((inner, core, outer), layout.shapes(), strict=True))
+        return Structure(layout, rank, tuple(shaped))

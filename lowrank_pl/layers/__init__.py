@@ -2,8 +2,8 @@
 
 from lowrank_pl.layers.constant import ConstantLayer
 from lowrank_pl.layers.grouped_linear import GroupedLinear
-from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, build_with, spec_of
-from lowrank_pl.layers.tiled import Run, TiledLayer, tile_regions
+from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, spec_of
+from lowrank_pl.layers.tiled import Run, TiledLayer, factor_shapes, tile_regions, weight_of_tiles
 
 __all__ = [
     "LAYER_TYPES",
@@ -14,7 +14,8 @@ __all__ = [
     "as_operator",
     "as_stored",
     "build",
-    "build_with",
+    "factor_shapes",
     "spec_of",
     "tile_regions",
+    "weight_of_tiles",
 ]

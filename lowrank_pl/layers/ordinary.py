@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
@@ -58,16 +57,6 @@ def build(spec: LayerSpec, bias: bool) -> nn.Module:
         padding_mode=spec.padding_mode,
         **options,
     )
-
-
-def build_with(spec: LayerSpec, operator: Tensor, bias: Tensor | None) -> nn.Module:
-    """A layer that holds these weights, given as an operator, on their device and in their type."""
-    with torch.device("meta"):
-        layer = build(spec, bias=bias is not None)
-    layer.weight = nn.Parameter(as_stored(operator, spec).detach().clone(memory_format=torch.contiguous_format))
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone())
-    return layer
 
 
 def as_operator(weight: Tensor, spec: LayerSpec) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lowrank_pl.layer_spec import LayerSpec
 
 Run = Literal["factors", "dense"]
+Grid = tuple["Slab", "Slab", Tensor, Tensor]  # a region's rows and columns, and its left and right factors
 
 
 class Slab(NamedTuple):
@@ -37,6 +39,22 @@ def tile_regions(spec: LayerSpec, tile: int) -> list[tuple[Slab, Slab]]:
     return [(row, column) for row in slabs(rows, tile) for column in slabs(columns, tile)]
 
 
+def factor_shapes(region: tuple[Slab, Slab], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the left factor, `[m, h, n r]`, and of the right one, `[n, m r, w]`, of a region of `m x n` tiles."""
+    m, n = region
+    r = min(rank, m.size, n.size)
+    return (m.tiles, m.size, n.tiles * r), (n.tiles, m.tiles * r, n.size)
+
+
+def weight_of_tiles(spec: LayerSpec, grids: Sequence[Grid]) -> Tensor:
+    """The weight `[T, S, *kernel]` that regions of tiles, row by row, make."""
+    rows: dict[int, list[Tensor]] = {}
+    for m, n, left, right in grids:
+        tiles = torch.einsum("ihjr,jirw->ihjw", left.unflatten(2, (n.tiles, -1)), right.unflatten(1, (m.tiles, -1)))
+        rows.setdefault(m.start, []).append(tiles.reshape(m.tiles * m.size, n.tiles * n.size))
+    return torch.cat([torch.cat(row, dim=1) for row in rows.values()]).reshape(spec.operator_shape)
+
+
 class TiledLayer(nn.Module):
     """A linear layer or 2-d convolution whose lowered weight is a grid of tiles of rank at most `rank`.
 
@@ -51,10 +69,9 @@ class TiledLayer(nn.Module):
         self.spec, self.tile, self.rank = spec.with_(inputs=()), tile, rank
         self.run: Run = run
         self.regions = tile_regions(spec, tile)
-        ranks = [min(rank, row.size, column.size) for row, column in self.regions]
-        shapes = list(zip(self.regions, ranks, strict=True))
-        self.left = nn.ParameterList(torch.empty(m.tiles, m.size, n.tiles * r) for (m, n), r in shapes)
-        self.right = nn.ParameterList(torch.empty(n.tiles, m.tiles * r, n.size) for (m, n), r in shapes)
+        shapes = [factor_shapes(region, rank) for region in self.regions]
+        self.left = nn.ParameterList(torch.empty(left) for left, _ in shapes)
+        self.right = nn.ParameterList(torch.empty(right) for _, right in shapes)
         self.bias = nn.Parameter(torch.zeros(spec.out_channels)) if bias else None
         for factor in (*self.left, *self.right):
             nn.init.normal_(factor, std=(rank * spec.num_weights / spec.out_channels) ** -0.25)
@@ -62,14 +79,9 @@ class TiledLayer(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The weight that the tiles make, `[T, S, *kernel]`."""
-        rows: dict[int, list[Tensor]] = {}
-        for m, n, left, right in self._grids():
-            tiles = torch.einsum("ihjr,jirw->ihjw", left.unflatten(2, (n.tiles, -1)), right.unflatten(1, (m.tiles, -1)))
-            rows.setdefault(m.start, []).append(tiles.reshape(m.tiles * m.size, n.tiles * n.size))
-        matrix = torch.cat([torch.cat(row, dim=1) for row in rows.values()])
-        return matrix.reshape(self.spec.operator_shape)
+        return weight_of_tiles(self.spec, self._grids())
 
-    def _grids(self) -> list[tuple[Slab, Slab, Tensor, Tensor]]:
+    def _grids(self) -> list[Grid]:
         """Region by region its rows, its columns and its factors; by number, as every TorchDynamo can follow."""
         return [(m, n, self.left[i], self.right[i]) for i, (m, n) in enumerate(self.regions)]
 

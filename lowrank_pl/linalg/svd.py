@@ -5,64 +5,92 @@ values come out to about 1e-8 of the largest, better than a float32 SVD and seve
 for which a Gram matrix would lose half of the digits, get a true SVD.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
 
-_Decomposition = tuple[Tensor, Tensor]
-_shared: ContextVar[dict[object, tuple[Tensor, _Decomposition]] | None] = ContextVar("shared", default=None)
 
+@final
+@dataclass(frozen=True, eq=False)
+class SingularSystem:
+    """A decomposed matrix `[..., m, n]`, whose spectrum and truncations all follow from one decomposition.
 
-@contextmanager
-def shared_decompositions() -> Iterator[None]:
-    """Within it a matrix whose spectrum has been asked for is not decomposed again for its truncation.
-
-    For callers that look at spectra first and truncate then, and write to no matrix in between. Keeps the vectors of
-    every matrix until it ends.
+    `energies` are the squared singular values `[..., k]`, k = min(m, n), largest first; `basis` `[..., k, k]` are the
+    singular vectors of the shorter side; float64. The matrix itself must not be written to meanwhile.
     """
-    token = _shared.set({})
-    try:
-        yield
-    finally:
-        _shared.reset(token)
+
+    matrix: Tensor
+    energies: Tensor
+    basis: Tensor
+
+    @property
+    def tails(self) -> Tensor:
+        """What truncation loses: `tails[..., r] = min ||A - A_r||_F^2` over matrices `A_r` of rank r, `[..., k + 1]`.
+
+        `tails[..., 0]` is `||A||_F^2`, the last entry is 0.
+        """
+        return tail_energies(self.energies)
+
+    def truncate(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Balanced factors of the best approximation of rank r: `left @ right`, `sqrt(sigma)` in each.
+
+        Shapes `[..., m, r]` and `[..., r, n]`, float64 whatever the matrix, so that the caller decides where rounding
+        happens. Raises `ValueError` for a rank outside [1, min(m, n)].
+        """
+        if not 1 <= rank <= min(self.matrix.shape[-2:]):
+            raise ValueError(f"Expected a rank in [1, {min(self.matrix.shape[-2:])}] but got {rank}")
+        wide = _short_side_first(self.matrix.double())
+        basis = self.basis[..., :rank]
+        coordinates = basis.mT @ wide
+        # The length of each row is its singular value, more exactly than the eigenvalue is; a row of length 0 stays 0.
+        scale = torch.linalg.vector_norm(coordinates, dim=-1, keepdim=True).sqrt()
+        left = basis * scale.mT
+        right = coordinates / scale.where(scale > 0, 1.0)
+        return (left, right) if wide.shape == self.matrix.shape else (right.mT, left.mT)
 
 
-def tail_energies(matrix: Tensor) -> Tensor:
-    """What truncation loses: `tail[..., r] = min ||A - A_r||_F^2` over matrices `A_r` of rank r.
+def decompose(matrix: Tensor) -> SingularSystem:
+    """The singular system of `[..., m, n]`.
 
-    Shapes: `[..., m, n]` to `[..., min(m, n) + 1]`, float64; `tail[..., 0]` is `||A||_F^2`, the last entry is 0.
-    Raises `ValueError` for entries that are not finite.
+    A float64 matrix by SVD, since its entries have more digits than a Gram matrix keeps. Raises `ValueError` for
+    entries that are not finite.
     """
-    energies = singular_energies(matrix)
+    wide = _short_side_first(matrix.double())
+    if matrix.dtype == torch.float64:
+        left, singular, _ = _svd(wide)
+        return SingularSystem(matrix, singular.square(), left)
+    return SingularSystem(matrix, *_gram_eigh(wide))
+
+
+def singular_energies(matrix: Tensor) -> Tensor:
+    """Squared singular values alone, largest first. Shapes: `[..., m, n]` to `[..., min(m, n)]`, float64."""
+    wide = _short_side_first(matrix.double())
+    if matrix.dtype == torch.float64:
+        return _svd(wide)[1].square()
+    return _gram_eigh(wide, vectors=False)[0]
+
+
+def tail_energies(energies: Tensor) -> Tensor:
+    """What truncation loses: `tails[..., r] = sum_{a > r} energies[..., a]`. Shapes: `[..., k]` to `[..., k + 1]`."""
     tails = energies.flip(-1).cumsum(-1).flip(-1)
     return torch.cat([tails, torch.zeros_like(tails[..., :1])], dim=-1)
 
 
-def singular_energies(matrix: Tensor) -> Tensor:
-    """Squared singular values, largest first. Shapes: `[..., m, n]` to `[..., min(m, n)]`, float64."""
-    wide = _short_side_first(matrix.double())
-    return _decomposed(matrix, wide, vectors=_shared.get() is not None)[0]
+def left_system(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared singular values and left singular vectors of `[..., m, n]`, whichever side is shorter, largest first.
 
-
-def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Balanced factors of the best approximation of rank r: `left @ right`, `sqrt(sigma)` in each.
-
-    Shapes: `[..., m, n]` to `[..., m, r]` and `[..., r, n]`, float64 whatever the input, so that the caller decides
-    where rounding happens. Raises `ValueError` for a rank outside [1, min(m, n)] and for entries that are not finite.
+    Shapes: `[..., k]` and `[..., m, k]`, k = min(m, n), float64. Raises `ValueError` for entries that are not finite.
     """
-    if not 1 <= rank <= min(matrix.shape[-2:]):
-        raise ValueError(f"Expected a rank in [1, {min(matrix.shape[-2:])}] but got {rank}")
-    wide = _short_side_first(matrix.double())
-    basis = _decomposed(matrix, wide)[1][..., :rank]
-    coordinates = basis.mT @ wide
-    # The length of each row is its singular value, more exactly than the eigenvalue is; a row of length 0 stays 0.
-    scale = torch.linalg.vector_norm(coordinates, dim=-1, keepdim=True).sqrt()
-    left = basis * scale.mT
-    right = coordinates / scale.where(scale > 0, 1.0)
-    return (left, right) if wide.shape == matrix.shape else (right.mT, left.mT)
+    if matrix.dtype == torch.float64:
+        left, singular, _ = _svd(matrix)
+        return singular.square(), left
+    energies, vectors = _gram_eigh(matrix.double())
+    least = min(matrix.shape[-2:])
+    return energies[..., :least], vectors[..., :least]
 
 
 def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
@@ -70,26 +98,6 @@ def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
     if matrix.dtype == torch.float64:
         return _svd(matrix, full=rank > matrix.shape[-1])[0][..., :rank]
     return _gram_eigh(matrix.double())[1][..., :rank]
-
-
-def _decomposed(matrix: Tensor, wide: Tensor, vectors: bool = True) -> _Decomposition:
-    """Squared singular values and the vectors of the shorter side (which may be missing without `vectors`).
-
-    `wide` is the matrix in float64, lying down. A float64 matrix by SVD, since its entries have more digits than a
-    Gram matrix keeps.
-    """
-    known = _shared.get()
-    key = (matrix.data_ptr(), matrix.shape, matrix.stride(), matrix.dtype)
-    if known is not None and key in known:
-        return known[key][1]
-    if matrix.dtype == torch.float64:
-        left, singular, _ = _svd(wide)
-        result = singular.square(), left
-    else:
-        result = _gram_eigh(wide, vectors)
-    if known is not None:
-        known[key] = matrix, result  # the matrix too, so that no other one comes to lie at its address
-    return result
 
 
 def squared_norm(weight: Tensor) -> float:

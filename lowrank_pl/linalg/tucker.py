@@ -7,18 +7,18 @@ from lowrank_pl.linalg.svd import leading_vectors
 
 
 def tucker2(
-    kernel: Tensor, rank_in: int, rank_out: int, iterations: int = 10, tolerance: float = 1e-7
+    kernel: Tensor, inner: Tensor, outer: Tensor, iterations: int = 10, tolerance: float = 1e-7
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`kernel[t, s, k] ~ sum over a, b of outer[t, b] core[b, a, k] inner[a, s]`.
 
     Shapes: kernel `[T, S, K]` to outer `[T, rank_out]`, core `[rank_out, rank_in, K]`, inner `[rank_in, S]`, float64,
-    outer and inner orthonormal. Starts from the truncated higher-order SVD and alternates until the kept share of the
-    energy grows by less than `tolerance` (De Lathauwer et al., 2000; Kim et al., ICLR 2016).
+    outer and inner orthonormal. Starts from `inner` `[S, rank_in]` and `outer` `[T, rank_out]`, the leading singular
+    vectors of both unfoldings (the truncated higher-order SVD), and alternates until the kept share of the energy
+    grows by less than `tolerance` (De Lathauwer et al., 2000; Kim et al., ICLR 2016).
     """
+    rank_in, rank_out = inner.shape[1], outer.shape[1]
     exact = kernel.double()
     energy = float(exact.square().sum())
-    inner = _mode_vectors(kernel, 1, rank_in)
-    outer = _mode_vectors(kernel, 0, rank_out)
     core = _project(_project(exact, 0, outer), 1, inner)
     kept = float(core.square().sum())
     for _ in range(iterations):
@@ -37,10 +37,10 @@ def unfold(kernel: Tensor, mode: int) -> Tensor:
     return kernel.movedim(mode, 0).flatten(1)
 
 
-def _mode_vectors(kernel: Tensor, mode: int, rank: int, like: Tensor | None = None) -> Tensor:
+def _mode_vectors(kernel: Tensor, mode: int, rank: int, like: Tensor) -> Tensor:
     matrix = unfold(kernel, mode)
     # A projection of float32 weights is held in float64, but has no more digits: the fast route is exact enough.
-    if like is not None and like.dtype != torch.float64:
+    if like.dtype != torch.float64:
         matrix = matrix.float()
     return leading_vectors(matrix, rank)
 

@@ -17,18 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_pl.compression import Compression, Plan
-from lowrank_pl.decompositions import Constant, Dense, Rank, Structure
-from lowrank_pl.linalg import shared_decompositions, squared_norm
+from lowrank_pl.decompositions import ZERO, Choice
+from lowrank_pl.linalg import squared_norm
 from lowrank_pl.ranks import CostBudget, CostPenalty, RankProblem, enumerate_ranks
 from lowrank_pl.ranks.cost_penalty import MILLION
-
-T = TypeVar("T")
+from lowrank_pl.structures import Dense, Structure
 
 
 @dataclass(frozen=True)
@@ -42,27 +41,24 @@ class LCState:
 
     mu: float
     steps: int
+    choices: dict[str, Choice]
     structures: dict[str, Structure]
     anchors: dict[str, Tensor]
     scales: dict[str, float]
     free: tuple[str, ...] = ()
     unchanged: int = 0
 
-    @property
-    def ranks(self) -> dict[str, Rank]:
-        return {name: structure.rank for name, structure in self.structures.items()}
-
     def beta(self, name: str) -> Tensor:
         """The multipliers of one layer, shaped as its weight."""
         return self.mu * (self.anchors[name] - self.structures[name].reconstruct())
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, plan: Plan) -> dict[str, Any]:
         """Plain containers and tensors, for a checkpoint."""
         return {
             "mu": self.mu,
             "steps": self.steps,
-            "ranks": {name: list(rank) for name, rank in self.ranks.items()},
-            "factors": {name: structure.tensors() for name, structure in self.structures.items()},
+            "ranks": {c.name: c.to_list(self.choices[c.name]) for c in plan.compressions},
+            "factors": {name: list(structure.tensors) for name, structure in self.structures.items()},
             "anchors": dict(self.anchors),
             "scales": dict(self.scales),
             "free": list(self.free),
@@ -71,22 +67,25 @@ class LCState:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], plan: Plan) -> LCState:
-        """The inverse of `to_dict`, for the network that the plan is of."""
-        structures, anchors = {}, {}
+        """The inverse of `to_dict`, for the network that the plan is of; nothing is decomposed."""
+        choices, structures, anchors = {}, {}, {}
         for c in plan.compressions:
             if c.name not in values["ranks"]:
                 raise ValueError(
                     f"Layer {c.name!r} takes part now but did not when the checkpoint was written: expected the same "
                     "network, method and targets"
                 )
-            # The shapes of this rank's factors, to be filled with the stored numbers
-            empty = c.factor(torch.zeros_like(c.weight), tuple(values["ranks"][c.name]))
-            structures[c.name] = empty.with_tensors([x.to(c.weight.device) for x in values["factors"][c.name]])
-            anchors[c.name] = values["anchors"][c.name].to(c.weight.device)
+            choices[c.name] = choice = c.from_list(values["ranks"][c.name])
+            here = c.parameter.device
+            tensors = tuple(x.to(here) for x in values["factors"][c.name])
+            empty = (c.read().new_empty(0),)  # before 0.2 nothing was stored for rank 0
+            structures[c.name] = Structure(choice.layout(c.layer), choice.rank, tensors or empty)
+            anchors[c.name] = values["anchors"][c.name].to(here)
         numbers = {key: values[key] for key in ("mu", "steps", "unchanged")}
         return cls(
-            structures=structures, anchors=anchors, scales=values["scales"], free=tuple(values["free"]), **numbers
-        )
+            choices=choices, structures=structures, anchors=anchors, scales=values["scales"],
+            free=tuple(values["free"]), **numbers,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,81 +118,104 @@ def c_step(
 
     Before the first one (`state` None) Theta and beta are 0. With `normalize` lambda is multiplied by the `||W||^2`
     that each layer has then; without `augmented` beta stays 0. Layers of `normed` (whose output goes into batch norm)
-    get no penalty while their rank is 0. Weights and state are left as they are. With several processes, the first one
-    chooses. Raises `ValueError` with the layer's name for weights that are not finite.
+    get no penalty while their rank is 0. Weights and state are left as they are. Raises `ValueError` with the layer's
+    name for weights that are not finite.
     """
     plan.check_finite()
-    with shared_decompositions():
-        return _c_step(plan, rule, state, mu, next_mu, normalize, augmented, normed)
-
-
-def _c_step(
-    plan: Plan,
-    rule: CostPenalty | CostBudget,
-    state: LCState | None,
-    mu: float,
-    next_mu: float,
-    normalize: bool,
-    augmented: bool,
-    normed: Collection[str],
-) -> tuple[LCState, CStep]:
     scales = (
-        state.scales if state else {c.name: squared_norm(c.weight) if normalize else 1.0 for c in plan.compressions}
+        state.scales if state else {c.name: squared_norm(c.read()) if normalize else 1.0 for c in plan.compressions}
     )
-    problems = [
-        RankProblem(c.name, c.layer, c.decomposition, _shifted(c, state), scales[c.name], least=0)
-        for c in plan.compressions
-    ]
-    ranks, lambda_ = _from_first_process(_choose(plan, rule, problems, state, mu))
-    structures: dict[str, Structure] = {}
-    anchors: dict[str, Tensor] = {}
-    free = []
-    sums = dict.fromkeys(("gap", "norm", "penalty", "cost", "before", "beta"), 0.0)
-    for c, problem, rank in zip(plan.compressions, problems, ranks, strict=True):
-        shifted, price = problem.weight, lambda_ / MILLION * scales[c.name]
-        old = state.structures[c.name] if state else Constant(c.layer, (0,) * len(problem.full), c.weight)
-        new = _same_everywhere(_kept(c.factor(shifted, rank), c))
-        old_theta, theta = old.reconstruct(), new.reconstruct()
-        old_cost, cost = (c.cost(rule.cost, structure.rank) for structure in (old, new))
-        old_rest, rest = (shifted - old_theta if state else shifted), shifted - theta
-        old_error, error = squared_norm(old_rest), squared_norm(rest)
-        sums["before"] += price * old_cost + mu / 2 * old_error
-        sums["beta"] += mu / 2 * (squared_norm(state.anchors[c.name] - old_theta) if state else 0.0)
-        # Where the error was known beforehand only as a bound (Tucker-2), the new Theta may be worse than the old one.
-        if isinstance(rule, CostBudget):
-            keep = old_cost <= cost and old_error < error
-        else:
-            keep = price * old_cost + mu / 2 * old_error < price * cost + mu / 2 * error
-        if keep:
-            new, theta, cost, error, rest = old, old_theta, old_cost, old_error, old_rest
-        structures[c.name] = new
-        sums["cost"] += price * cost
-        sums["penalty"] += mu / 2 * error
-        if c.name in normed and not any(new.rank):
-            free.append(c.name)
-            anchors[c.name] = theta
-            continue
-        sums["gap"] += squared_norm(c.weight - theta) if state else error
-        sums["norm"] += squared_norm(c.weight)
-        shared = isinstance(new, Dense) and error == 0  # then the anchor is Theta itself
-        anchors[c.name] = theta if shared or not augmented else theta.add(rest, alpha=-mu / next_mu)
-    changed = state is None or any(state.ranks[name] != structure.rank for name, structure in structures.items())
+    problems = [c.problem(_shifted(c, state), scales[c.name], least=0) for c in plan.compressions]
+    choices, lambda_ = _choose(plan, rule, problems, state, mu)
+    multiplied = next_mu if augmented else float("inf")
+    steps = {
+        c.name: _layer_step(c, rule, problem, choice, state, lambda_ / MILLION, mu, multiplied, c.name in normed)
+        for c, problem, choice in zip(plan.compressions, problems, choices, strict=True)
+    }
+    changed = state is None or any(state.choices[name] != step.choice for name, step in steps.items())
     after = LCState(
         mu=next_mu,
         steps=state.steps + 1 if state else 1,
-        structures=structures,
-        anchors=anchors,
+        choices={name: step.choice for name, step in steps.items()},
+        structures={name: step.structure for name, step in steps.items()},
+        anchors={name: step.anchor for name, step in steps.items()},
         scales=scales,
-        free=tuple(free),
+        free=tuple(name for name, step in steps.items() if step.free),
         unchanged=0 if changed or state is None else state.unchanged + 1,
     )
-    return after, CStep(
-        gap=(sums["gap"] / sums["norm"]) ** 0.5 if sums["norm"] else 0.0,
-        penalty=sums["penalty"],
-        cost=sums["cost"],
+    return after, _sum_up(list(steps.values()), lambda_)
+
+
+@dataclass(frozen=True)
+class _LayerStep:
+    """One layer's part of a C step: what it is from now on, and its terms of the augmented Lagrangian."""
+
+    choice: Choice
+    structure: Structure
+    anchor: Tensor
+    free: bool
+    distance: float  # ||W - Theta||^2
+    norm: float  # ||W||^2
+    penalty: float
+    cost: float
+    before: float
+    beta: float  # mu/2 ||beta/mu||^2, in both
+
+
+def _layer_step(
+    c: Compression,
+    rule: CostPenalty | CostBudget,
+    problem: RankProblem,
+    choice: Choice,
+    state: LCState | None,
+    lambda_: float,
+    mu: float,
+    next_mu: float,
+    normed: bool,
+) -> _LayerStep:
+    """`lambda_` is per unit of cost; an infinite `next_mu` leaves the multipliers at 0."""
+    shifted, price, choice = problem.weight, lambda_ * problem.cost_weight, c.settled(choice)
+    old_choice = state.choices[c.name] if state else ZERO
+    old = state.structures[c.name] if state else problem.structure(ZERO)
+    new = _kept(problem.structure(choice), c)
+    old_theta, theta = old.reconstruct(), new.reconstruct()
+    old_cost, cost = c.cost(rule.cost, old_choice), c.cost(rule.cost, choice)
+    old_rest, rest = (shifted - old_theta if state else shifted), shifted - theta
+    old_error, error = squared_norm(old_rest), squared_norm(rest)
+    before = price * old_cost + mu / 2 * old_error
+    # Where the error was known beforehand only as a bound (Tucker-2), the new Theta may be worse than the old one.
+    if isinstance(rule, CostBudget):
+        keep = old_cost <= cost and old_error < error
+    else:
+        keep = before < price * cost + mu / 2 * error
+    if keep:
+        choice, new, theta, cost, error, rest = old_choice, old, old_theta, old_cost, old_error, old_rest
+    weight, free = c.read(), normed and choice == ZERO
+    shared = isinstance(new.layout, Dense) and error == 0  # then the anchor is Theta itself
+    return _LayerStep(
+        choice=choice,
+        structure=new,
+        anchor=theta if free or shared or next_mu == float("inf") else theta.add(rest, alpha=-mu / next_mu),
+        free=free,
+        distance=0.0 if free else squared_norm(weight - theta) if state else error,
+        norm=0.0 if free else squared_norm(weight),
+        penalty=mu / 2 * error,
+        cost=price * cost,
+        before=before,
+        beta=mu / 2 * squared_norm(state.anchors[c.name] - old_theta) if state else 0.0,
+    )
+
+
+def _sum_up(steps: Sequence[_LayerStep], lambda_: float) -> CStep:
+    norm, beta = sum(step.norm for step in steps), sum(step.beta for step in steps)
+    penalty, cost = sum(step.penalty for step in steps), sum(step.cost for step in steps)
+    return CStep(
+        gap=(sum(step.distance for step in steps) / norm) ** 0.5 if norm else 0.0,
+        penalty=penalty,
+        cost=cost,
         lambda_=lambda_,
-        before=sums["before"] - sums["beta"],
-        after=sums["cost"] + sums["penalty"] - sums["beta"],
+        before=sum(step.before for step in steps) - beta,
+        after=cost + penalty - beta,
     )
 
 
@@ -219,8 +241,7 @@ def least_mu(
     """Above which mu the first C step leaves at least one layer, and every layer, with a rank above 0."""
     thresholds = []
     for c in plan.compressions:
-        problem = RankProblem(c.name, c.layer, c.decomposition, c.weight, scales[c.name], least=0)
-        choices = enumerate_ranks(problem, rule.cost)
+        choices = enumerate_ranks(c.problem(cost_weight=scales[c.name], least=0), rule.cost)
         saved = choices.errors[0] - choices.errors[1:]
         price = rule.lambda_ / MILLION * scales[c.name]
         worth = [2 * price * cost / s for cost, s in zip(choices.costs[1:], saved, strict=True) if s > 0]
@@ -230,52 +251,34 @@ def least_mu(
 
 def _choose(
     plan: Plan, rule: CostPenalty | CostBudget, problems: Sequence[RankProblem], state: LCState | None, mu: float
-) -> tuple[list[Rank], float]:
-    """The ranks, and the lambda per million units of cost."""
+) -> tuple[list[Choice], float]:
+    """The choices, and the lambda per million units of cost."""
     if isinstance(rule, CostPenalty):
         return rule(problems, mu / 2), rule.lambda_
-    ranks, lambda_ = rule.solve(problems, mu / 2, plan.others(plan.compressions))
+    choices, lambda_ = rule.solve(problems, mu / 2, plan.others(plan.compressions))
     if state is None:
-        return ranks, lambda_
+        return choices, lambda_
 
-    def objective(chosen: Sequence[Rank]) -> float:
+    def objective(chosen: Sequence[Choice]) -> float:
         total = 0.0
-        for problem, rank in zip(problems, chosen, strict=True):
-            choices = enumerate_ranks(problem, rule.cost)
-            i = choices.index(rank)
-            total += lambda_ / MILLION * problem.cost_weight * choices.costs[i] + mu / 2 * choices.errors[i]
+        for problem, choice in zip(problems, chosen, strict=True):
+            each = enumerate_ranks(problem, rule.cost)
+            i = each.index(choice)
+            total += lambda_ / MILLION * problem.cost_weight * each.costs[i] + mu / 2 * each.errors[i]
         return total
 
     # What lambda leaves of the budget is spent greedily: now and then the ranks of before did better.
-    old = [state.structures[problem.name].rank for problem in problems]
-    return (old if objective(old) < objective(ranks) else ranks), lambda_
+    old = [state.choices[problem.name] for problem in problems]
+    return (old if objective(old) < objective(choices) else choices), lambda_
 
 
 def _shifted(c: Compression, state: LCState | None) -> Tensor:
     """`W - beta / mu`."""
-    return c.weight if state is None else c.weight - state.anchors[c.name] + state.structures[c.name].reconstruct()
+    return c.read() if state is None else c.read() - state.anchors[c.name] + state.structures[c.name].reconstruct()
 
 
 def _kept(structure: Structure, c: Compression) -> Structure:
     """Not the module's own memory, which the next optimizer step writes to."""
-    if isinstance(structure, Dense) and structure.weight.data_ptr() == c.weight.data_ptr():
-        return structure.with_tensors([structure.weight.clone()])
+    if structure.tensors[0].data_ptr() == c.parameter.data_ptr():
+        return structure.with_tensors([structure.tensors[0].clone()])
     return structure
-
-
-def _from_first_process(value: T) -> T:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    values = [value]
-    torch.distributed.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def _same_everywhere(structure: Structure) -> Structure:
-    """The first process's factors: the last bits of a decomposition differ between machines."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return structure
-    tensors = [tensor.contiguous() for tensor in structure.tensors()]
-    for tensor in tensors:
-        torch.distributed.broadcast(tensor, src=0)
-    return structure.with_tensors(tensors)

@@ -3,51 +3,83 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
 
-from lowrank_pl.decompositions import Decomposition, Rank, count_weights
+from lowrank_pl.decompositions import Analysis, Candidates, Choice, Decomposition
 from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.structures import Dense, Rank, Structure
 
 
 @dataclass(frozen=True, eq=False)
 class RankProblem:
-    """One layer whose rank is to be chosen: which structure, and the weight that it shall approximate.
+    """One layer whose rank is to be chosen: which structures may be, and the weight that they shall approximate.
 
     `cost_weight` multiplies the layer's cost where a rule weighs it against errors. `least` is the smallest rank
-    allowed, 1, or 0 in learning-compression.
+    allowed, 1, or 0 in learning-compression. What has been found out about the weight is kept, so that its rank and its
+    factors come from one decomposition.
     """
 
     name: str
     layer: LayerSpec
-    decomposition: Decomposition
+    method: Candidates
     weight: Tensor
     cost_weight: float = 1.0
     least: int = 1
+    _analyses: dict[Decomposition, Analysis] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def candidates(self) -> tuple[Decomposition, ...]:
+        """The decompositions to choose among."""
+        return self.method.candidates(self.layer)
+
+    @property
+    def decomposition(self) -> Decomposition:
+        """The first of them, which is the only one for rules that do not weigh errors against costs."""
+        return self.candidates[0]
 
     @cached_property
     def full(self) -> Rank:
-        """The largest rank."""
+        """Its largest rank."""
         return self.decomposition.full_rank(self.layer)
 
-    @cached_property
-    def spectra(self) -> tuple[Tensor, ...]:
-        """Per entry of the rank, the squared error of truncation to 0, 1, ..., full."""
-        return self.spectra_of(self.decomposition)
+    @property
+    def errors(self) -> tuple[Tensor, ...]:
+        """Per entry of its rank, the squared error of truncation to 0, 1, ..., full."""
+        return self.analysis(self.decomposition).errors
 
-    def spectra_of(self, decomposition: Decomposition) -> tuple[Tensor, ...]:
-        """The spectra of another structure for the same weight."""
+    def analysis(self, decomposition: Decomposition) -> Analysis:
+        """The weight decomposed so, once. Raises `ValueError` that names the layer for a weight that is not finite."""
+        if decomposition not in self._analyses:
+            with self.named():
+                self._analyses[decomposition] = decomposition.analyze(self.weight, self.layer)
+        return self._analyses[decomposition]
+
+    def structure(self, choice: Choice) -> Structure:
+        """The projection of the weight. Raises `ValueError` that names the layer for weights that are not finite."""
+        if choice.decomposition is not None:
+            with self.named():
+                choice.decomposition.check_rank(self.layer, choice.rank)
+                return self.analysis(choice.decomposition).factor(choice.rank)
+        layout = choice.layout(self.layer)
+        dense = isinstance(layout, Dense)
+        return Structure(layout, choice.rank, (self.weight if dense else self.weight.new_empty(0),))
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Give errors the layer's name."""
         try:
-            return decomposition.spectra(self.weight, self.layer)
+            yield
         except ValueError as error:
             raise ValueError(f"Layer {self.name!r}: {error}") from error
 
     def num_weights(self, rank: Rank) -> int:
-        """Weights of the factors."""
-        return count_weights(self.decomposition.stages(self.layer, rank))
+        """Weights of the factors of its (only) decomposition."""
+        return self.decomposition.layout(self.layer, rank).num_weights
 
 
 def at_fraction(full: Rank, fraction: float) -> Rank:
@@ -63,11 +95,16 @@ class RankRule(ABC):
         """Whether it weighs errors against costs, and so can choose among structures."""
         return False
 
+    @property
+    def sees_shapes_alone(self) -> bool:
+        """Whether it chooses the same ranks whatever the weights are."""
+        return False
+
     @abstractmethod
     def __call__(
         self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
-    ) -> list[Rank]:
-        """One rank per problem, each entry in [least, full]; full stands for dense where factors are not cheaper.
+    ) -> list[Choice]:
+        """One choice per problem. A rank whose factors are not cheaper than the layer stands for the dense layer.
 
         `error_weight` multiplies squared errors against costs. `others` are the network's other layers, whose cost
         counts against a budget.

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import final
 
-from lowrank_pl.decompositions import Decomposition, Rank, count_weights
+from lowrank_pl.decompositions import Choice, Decomposition
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem, RankRule, at_fraction
+from lowrank_pl.structures import Rank
 
 
 @final
@@ -27,10 +28,14 @@ class CompressionRatio(RankRule):
         if isinstance(self.x, bool) or not isinstance(self.x, (int, float)) or not self.x >= 1:
             raise ValueError(f"Expected argument `x` to be a ratio of at least 1, such as 2.0, but got {self.x!r}")
 
+    @property
+    def sees_shapes_alone(self) -> bool:
+        return True
+
     def __call__(
         self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
-    ) -> list[Rank]:
-        return [_largest(problem.decomposition, problem.layer, self.x) for problem in problems]
+    ) -> list[Choice]:
+        return [Choice(p.decomposition, _largest(p.decomposition, p.layer, self.x)) for p in problems]
 
     def note(self, problem: RankProblem, rank: Rank) -> str | None:
         ratio = problem.layer.num_weights / problem.num_weights(rank)
@@ -45,7 +50,7 @@ def _largest(decomposition: Decomposition, layer: LayerSpec, x: float) -> Rank:
     steps = sorted({(i - 0.5 + 1e-9) / most for most in full for i in range(1, most + 1)})
 
     def weights(step: float) -> int:
-        return count_weights(decomposition.stages(layer, at_fraction(full, step)))
+        return decomposition.layout(layer, at_fraction(full, step)).num_weights
 
     fitting = bisect.bisect_right(steps, layer.num_weights / x, key=weights)
     return at_fraction(full, steps[max(fitting - 1, 0)])

@@ -9,7 +9,7 @@ from typing import Any, final
 import numpy as np
 
 from lowrank_pl.costs import resolve_cost
-from lowrank_pl.decompositions import Rank
+from lowrank_pl.decompositions import Choice
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem, RankRule
 from lowrank_pl.ranks.cost_penalty import MILLION
@@ -39,13 +39,13 @@ class CostBudget(RankRule):
 
     def __call__(
         self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
-    ) -> list[Rank]:
+    ) -> list[Choice]:
         return self.solve(problems, error_weight, others)[0]
 
     def solve(
         self, problems: Sequence[RankProblem], error_weight: float, others: Sequence[LayerSpec]
-    ) -> tuple[list[Rank], float]:
-        """The ranks, and the lambda per million units of cost that they belong to."""
+    ) -> tuple[list[Choice], float]:
+        """The choices, and the lambda per million units of cost that they belong to."""
         layers = [enumerate_ranks(problem, self.cost) for problem in problems]
         weights = [problem.cost_weight for problem in problems]
         dense, least = (float(sum(each.costs[i] for each in layers)) for i in (-1, 0))
@@ -63,7 +63,7 @@ class CostBudget(RankRule):
                 middle = (low + high) / 2
                 low, high = (middle, high) if _spent(layers, at(middle)) > budget else (low, middle)
         places = _spend_the_rest([p.name for p in problems], layers, weights, at(high), budget)
-        return [each.ranks[i] for each, i in zip(layers, places, strict=True)], high * MILLION
+        return [each.choices[i] for each, i in zip(layers, places, strict=True)], high * MILLION
 
 
 def check_ratio(ratio: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from lowrank_pl.costs import resolve_cost
-from lowrank_pl.decompositions import Rank
+from lowrank_pl.decompositions import Choice
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem, RankRule
 from lowrank_pl.ranks.enumeration import enumerate_ranks
@@ -38,9 +38,9 @@ class CostPenalty(RankRule):
 
     def __call__(
         self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
-    ) -> list[Rank]:
-        ranks = []
+    ) -> list[Choice]:
+        choices = []
         for problem in problems:
-            choices = enumerate_ranks(problem, self.cost)
-            ranks.append(choices.ranks[choices.best(self.lambda_ / MILLION * problem.cost_weight, error_weight)])
-        return ranks
+            each = enumerate_ranks(problem, self.cost)
+            choices.append(each.choices[each.best(self.lambda_ / MILLION * problem.cost_weight, error_weight)])
+        return choices

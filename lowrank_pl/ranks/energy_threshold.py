@@ -8,9 +8,10 @@ from typing import final
 
 import torch
 
-from lowrank_pl.decompositions import Rank
+from lowrank_pl.decompositions import Choice
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem, RankRule
+from lowrank_pl.structures import Rank
 
 
 @final
@@ -29,11 +30,11 @@ class EnergyThreshold(RankRule):
 
     def __call__(
         self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
-    ) -> list[Rank]:
-        return [self._smallest(problem) for problem in problems]
+    ) -> list[Choice]:
+        return [Choice(problem.decomposition, self._smallest(problem)) for problem in problems]
 
     def _smallest(self, problem: RankProblem) -> Rank:
-        tails = [spectrum.cpu() for spectrum in problem.spectra]
+        tails = [spectrum.cpu() for spectrum in problem.errors]
         allowed = (1 - self.p) ** 2 * float(tails[0][0])
         if len(tails) == 1:
             return (max(int((tails[0] > allowed).sum()), 1),)

@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lowrank_pl.costs import Cost, charge, price
-from lowrank_pl.decompositions import Decomposition, Rank, alternatives, count_weights
+from lowrank_pl.decompositions import DENSE, ZERO, Candidates, Choice, Decomposition
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem
+from lowrank_pl.structures import Rank
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -23,20 +24,20 @@ VALUES_PER_ENTRY = 64
 
 @dataclass(frozen=True, eq=False)
 class Enumeration:
-    """`ranks` by growing cost, the smaller of two ranks of the same cost first; `costs` and squared `errors` beside
-    them. The last is the full rank, which stands for the dense layer."""
+    """`choices` by growing cost, the smaller of two ranks of the same cost first; `costs` and squared `errors` beside
+    them. The last is the dense layer."""
 
-    ranks: list[Rank]
+    choices: list[Choice]
     costs: Array
     errors: Array
 
     def best(self, lambda_: float, error_weight: float) -> int:
-        """The place of the rank that minimizes `lambda_ * cost + error_weight * error`, the cheapest of several."""
+        """The place of the choice that minimizes `lambda_ * cost + error_weight * error`, the cheapest of several."""
         return int(np.argmin(lambda_ * self.costs + error_weight * self.errors))
 
-    def index(self, rank: Rank) -> int:
-        """The place of a rank."""
-        return self.ranks.index(rank)
+    def index(self, choice: Choice) -> int:
+        """The place of a choice."""
+        return self.choices.index(choice)
 
 
 def enumerate_ranks(problem: RankProblem, cost: Cost) -> Enumeration:
@@ -45,26 +46,20 @@ def enumerate_ranks(problem: RankProblem, cost: Cost) -> Enumeration:
 
     Raises `ValueError` with the layer's name for a cost that falls while the rank grows.
     """
-    try:
-        grids = _grids(problem.layer, problem.decomposition, cost)
+    with problem.named():
+        grids = _grids(problem.layer, problem.method, cost)
         dense = dense_cost(problem.layer, cost)
-    except ValueError as error:
-        raise ValueError(f"Layer {problem.name!r}: {error}") from error
-    ranks, costs, errors = [], [], []
-    for start, decomposition, grid, prices, cheaper in grids:
-        grid, prices = grid[cheaper], prices[cheaper]
-        ranks += [(*start, *rank) for rank in grid.tolist()]
-        costs.append(prices)
-        errors.append(_errors(problem, start, decomposition, grid))
+    choices = [grid.choices[i] for grid in grids for i in np.flatnonzero(grid.cheaper)]
+    costs = [grid.costs[grid.cheaper] for grid in grids]
+    errors = [grid.errors(problem)[grid.cheaper] for grid in grids]
     if problem.least == 0:
-        spectrum = problem.spectra if not grids[0][0] else problem.spectra_of(grids[0][1])
-        ranks.append((0,) * len(problem.full))
+        choices.append(ZERO)
         costs.append(np.zeros(1))
-        errors.append(spectrum[0][:1].cpu().numpy())
-    ranks.append(problem.full)
+        errors.append(problem.errors[0][:1].cpu().numpy())
+    choices.append(DENSE)
     all_costs, all_errors = np.concatenate([*costs, [dense]]), np.concatenate([*errors, [0.0]])
     order = np.argsort(all_costs, kind="stable")
-    return Enumeration([ranks[i] for i in order], all_costs[order], all_errors[order])
+    return Enumeration([choices[i] for i in order], all_costs[order], all_errors[order])
 
 
 def total_cost(layers: Sequence[LayerSpec], cost: Cost) -> float:
@@ -74,19 +69,20 @@ def total_cost(layers: Sequence[LayerSpec], cost: Cost) -> float:
 
 @cache
 def dense_cost(layer: LayerSpec, cost: Cost) -> float:
+    """What one dense layer costs."""
     return charge(cost, layer)
 
 
 @dataclass(frozen=True, eq=False)
 class Descent:
-    """The way down of a layer whose ranks are priced without a barrier at the dense layer: `ranks` by falling cost,
+    """The way down of a layer whose ranks are priced without a barrier at the dense layer: `choices` by falling cost,
     those alone that nothing cheaper approximates as well, the first without error.
 
     `costs` are those of the factors, at every rank up to the full one. `accounted` is what is deployed there: the
     dense layer, while the factors are not `cheaper` than it in weights and in cost.
     """
 
-    ranks: list[Rank]
+    choices: list[Choice]
     costs: Array
     errors: Array
     cheaper: Array
@@ -95,66 +91,73 @@ class Descent:
 
 def descend(problem: RankProblem, cost: Cost) -> Descent:
     """Raises `ValueError` with the layer's name for a cost that falls while the rank grows."""
-    try:
-        grids = _grids(problem.layer, problem.decomposition, cost)
+    with problem.named():
+        grids = _grids(problem.layer, problem.method, cost)
         dense = dense_cost(problem.layer, cost)
-    except ValueError as error:
-        raise ValueError(f"Layer {problem.name!r}: {error}") from error
-    ranks: list[Rank] = []
-    for start, _, grid, *_ in grids:
-        ranks += [(*start, *rank) for rank in grid.tolist()]
-    costs, cheaper = (np.concatenate([each[i] for each in grids]) for i in (3, 4))
-    errors = np.concatenate([_errors(problem, start, each, grid) for start, each, grid, *_ in grids])
+    choices = [choice for grid in grids for choice in grid.choices]
+    costs, cheaper = np.concatenate([g.costs for g in grids]), np.concatenate([g.cheaper for g in grids])
+    errors = np.concatenate([grid.errors(problem) for grid in grids])
     order = np.lexsort((errors, costs))  # by growing cost, the better of two of the same cost first
     best = np.minimum.accumulate(errors[order])
     kept = order[np.flatnonzero(np.diff(best, prepend=np.inf) < 0)][::-1]
-    return Descent(
-        [ranks[i] for i in kept], costs[kept], errors[kept], cheaper[kept], np.where(cheaper, costs, dense)[kept]
-    )
+    accounted = np.where(cheaper, costs, dense)
+    return Descent([choices[i] for i in kept], costs[kept], errors[kept], cheaper[kept], accounted[kept])
 
 
-def _errors(problem: RankProblem, start: Rank, decomposition: Decomposition, grid: Array) -> Array:
-    """The squared errors at the ranks of a grid; where a rank has several entries their sum, a bound."""
-    spectra = problem.spectra if not start else problem.spectra_of(decomposition)
-    return np.asarray(np.sum([s.cpu().numpy()[grid[:, i]] for i, s in enumerate(spectra)], axis=0))
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """The ranks of one decomposition `[n, entries]`, also as choices, their costs `[n]`, and which are cheaper than the
+    dense layer, in weights and in cost."""
+
+    decomposition: Decomposition
+    ranks: Array
+    choices: list[Choice]
+    costs: Array
+    cheaper: Array
+
+    def errors(self, problem: RankProblem) -> Array:
+        """The squared errors; where a rank has several entries their sum, a bound."""
+        tails = problem.analysis(self.decomposition).errors
+        return np.asarray(np.sum([t.cpu().numpy()[self.ranks[:, i]] for i, t in enumerate(tails)], axis=0))
 
 
 @cache
-def _grids(
-    layer: LayerSpec, decomposition: Decomposition, cost: Cost
-) -> list[tuple[Rank, Decomposition, Array, Array, Array]]:
-    """Per structure: what its ranks begin with, itself, its ranks `[n, entries]`, their costs `[n]`, and which are
-    cheaper than the dense layer, in weights and in cost.
+def _grids(layer: LayerSpec, method: Candidates, cost: Cost) -> list[_Grid]:
+    """One for every decomposition to choose among.
 
     Remembered, because it depends on shapes alone and takes longer than everything that depends on the weights.
     """
     dense = dense_cost(layer, cost)
     found = []
-    for start, each in alternatives(decomposition, layer):
-        grid = _grid(each.full_rank(layer))
-        prices = np.array([price(cost, layer, each, tuple(rank)) for rank in grid.tolist()])
-        _check_growing(grid, prices)
-        weights = np.array([count_weights(each.stages(layer, tuple(rank))) for rank in grid.tolist()])
-        found.append((start, each, grid, prices, (weights < layer.num_weights) & (prices < dense)))
+    for decomposition in method.candidates(layer):
+        ranks = _some_ranks(decomposition.full_rank(layer))
+        choices = [Choice(decomposition, tuple(rank)) for rank in ranks.tolist()]
+        layouts = [choice.layout(layer) for choice in choices]
+        costs = np.array([price(cost, choice, layout) for choice, layout in zip(choices, layouts, strict=True)])
+        _check_growing(ranks, costs)
+        weights = np.array([layout.num_weights for layout in layouts])
+        cheaper = (weights < layer.num_weights) & (costs < dense)
+        found.append(_Grid(decomposition, ranks, choices, costs, cheaper))
     return found
 
 
-def _grid(full: Rank) -> Array:
+def _some_ranks(full: Rank) -> Array:
     """All ranks up to the full one, or, where the rank has several entries, evenly spaced values of each."""
     steps = [1 if len(full) == 1 else -(-most // VALUES_PER_ENTRY) for most in full]
     axes = [sorted({1, *range(step, most + 1, step), most}) for most, step in zip(full, steps, strict=True)]
     return np.array(list(itertools.product(*axes)), dtype=int)
 
 
-def _check_growing(grid: Array, prices: Array) -> None:
-    costs = {tuple(rank): cost for rank, cost in zip(grid.tolist(), prices.tolist(), strict=True)}
-    values = [sorted(set(column)) for column in grid.T.tolist()]
-    for rank, cost in costs.items():
-        for i, axis in enumerate(values):
-            following = axis[axis.index(rank[i]) + 1 :][:1]
-            larger = (*rank[:i], *following, *rank[i + 1 :])
-            if following and costs.get(larger, cost) < cost:
-                raise ValueError(
-                    f"Expected a `cost` that does not fall with the rank, but rank {rank} costs {cost:g} and {larger} "
-                    f"costs {costs[larger]:g}"
-                )
+def _check_growing(ranks: Array, costs: Array) -> None:
+    """Along every entry of the rank, in a grid of all their values."""
+    sides = [len(set(column)) for column in ranks.T.tolist()]
+    for axis, side in enumerate(sides):
+        places = np.moveaxis(np.arange(len(ranks)).reshape(sides), axis, 0).reshape(side, -1)
+        falls = np.argwhere(np.diff(costs[places], axis=0) < 0)
+        if len(falls):
+            (i, j) = falls[0]
+            small, large = places[i, j], places[i + 1, j]
+            raise ValueError(
+                f"Expected a `cost` that does not fall with the rank, but rank {tuple(ranks[small].tolist())} costs "
+                f"{costs[small]:g} and {tuple(ranks[large].tolist())} costs {costs[large]:g}"
+            )

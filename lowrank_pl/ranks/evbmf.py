@@ -8,10 +8,11 @@ from typing import final
 
 import numpy as np
 
-from lowrank_pl.decompositions import Rank
+from lowrank_pl.decompositions import Choice
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.linalg import evb_rank
 from lowrank_pl.ranks.base import RankProblem, RankRule
+from lowrank_pl.structures import Rank
 
 
 @final
@@ -26,8 +27,8 @@ class EVBMF(RankRule):
 
     def __call__(
         self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
-    ) -> list[Rank]:
-        return [self._rank(problem) for problem in problems]
+    ) -> list[Choice]:
+        return [Choice(problem.decomposition, self._rank(problem)) for problem in problems]
 
     def _rank(self, problem: RankProblem) -> Rank:
         # n matrices L x M take n L (L + M) weights at full rank instead of n L M
@@ -35,7 +36,7 @@ class EVBMF(RankRule):
         several = len(problem.full) == 1
         matrices = max((problem.num_weights(problem.full) - dense) / L**2, 1.0) if several else 1.0
         ranks = []
-        for most, tails in zip(problem.full, problem.spectra, strict=True):
+        for most, tails in zip(problem.full, problem.errors, strict=True):
             energies = np.maximum(-np.diff(tails.cpu().numpy()), 0.0) / matrices
             ranks.append(min(max(evb_rank(energies, round(dense / matrices / most)), 1), most))
         return tuple(ranks)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from lowrank_pl.decompositions import Rank
+from lowrank_pl.decompositions import Choice
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem, RankRule
+from lowrank_pl.structures import Rank
 
 
 @final
@@ -22,10 +23,14 @@ class FixedRank(RankRule):
         if type(self.r) is not int or self.r < 1:
             raise ValueError(f"Expected argument `r` to be an int of at least 1 but got {self.r!r}")
 
+    @property
+    def sees_shapes_alone(self) -> bool:
+        return True
+
     def __call__(
         self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
-    ) -> list[Rank]:
-        return [tuple(min(self.r, most) for most in problem.full) for problem in problems]
+    ) -> list[Choice]:
+        return [Choice(p.decomposition, tuple(min(self.r, most) for most in p.full)) for p in problems]
 
     def note(self, problem: RankProblem, rank: Rank) -> str | None:
         return f"rank {self.r} lowered to the full rank" if self.r > min(problem.full) else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from lowrank_pl.costs import resolve_cost
-from lowrank_pl.decompositions import Rank
+from lowrank_pl.decompositions import DENSE, Choice
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem, RankRule
 from lowrank_pl.ranks.cost_budget import check_ratio, left_for
@@ -42,7 +42,7 @@ class GreedyEnergy(RankRule):
 
     def __call__(
         self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
-    ) -> list[Rank]:
+    ) -> list[Choice]:
         layers = [descend(problem, self.cost) for problem in problems]
         dense = total_cost([problem.layer for problem in problems], self.cost)
         least = float(sum(layer.accounted[-1] for layer in layers))
@@ -54,7 +54,7 @@ class GreedyEnergy(RankRule):
         queue = [
             (_lost_share(layer, 0, energy), problem.name, k)
             for k, (layer, energy, problem) in enumerate(zip(layers, energies, problems, strict=True))
-            if len(layer.ranks) > 1
+            if len(layer.choices) > 1
         ]
         heapq.heapify(queue)
         while spent > budget and queue:
@@ -62,12 +62,9 @@ class GreedyEnergy(RankRule):
             layer = layers[k]
             spent += float(layer.accounted[at[k] + 1] - layer.accounted[at[k]])
             at[k] += 1
-            if at[k] + 1 < len(layer.ranks):
+            if at[k] + 1 < len(layer.choices):
                 heapq.heappush(queue, (_lost_share(layer, at[k], energies[k]), name, k))
-        return [
-            layer.ranks[i] if layer.cheaper[i] else problem.full
-            for layer, i, problem in zip(layers, at, problems, strict=True)
-        ]
+        return [layer.choices[i] if layer.cheaper[i] else DENSE for layer, i in zip(layers, at, strict=True)]
 
 
 def _lost_share(layer: Descent, i: int, energy: float) -> float:

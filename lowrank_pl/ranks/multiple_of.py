@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from lowrank_pl.choices import resolve
-from lowrank_pl.decompositions import Cheapest, Rank, chosen
+from lowrank_pl.decompositions import Choice
 from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.names import resolve
 from lowrank_pl.ranks.base import RankProblem, RankRule
+from lowrank_pl.structures import Rank
 
 
 @final
@@ -34,19 +35,24 @@ class MultipleOf(RankRule):
     def compares(self) -> bool:
         return self.rule.compares
 
+    @property
+    def sees_shapes_alone(self) -> bool:
+        return self.rule.sees_shapes_alone
+
     def __call__(
         self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
-    ) -> list[Rank]:
-        ranks = self.rule(problems, error_weight, others)
-        return [self._rounded(problem, rank) for problem, rank in zip(problems, ranks, strict=True)]
+    ) -> list[Choice]:
+        choices = self.rule(problems, error_weight, others)
+        return [self._rounded(problem, choice) for problem, choice in zip(problems, choices, strict=True)]
 
-    def _rounded(self, problem: RankProblem, rank: Rank) -> Rank:
-        if rank == problem.full or not any(rank):
-            return rank
-        decomposition, own = chosen(problem.decomposition, rank)
-        full = decomposition.full_rank(problem.layer)
-        multiples = (min(max(r // self.m * self.m, self.m), most) for r, most in zip(own, full, strict=True))
-        return (*(rank[:1] if isinstance(problem.decomposition, Cheapest) else ()), *multiples)
+    def _rounded(self, problem: RankProblem, choice: Choice) -> Choice:
+        if choice.decomposition is None:
+            return choice
+        full = choice.decomposition.full_rank(problem.layer)
+        if choice.rank == full:
+            return choice
+        multiples = (min(max(r // self.m * self.m, self.m), most) for r, most in zip(choice.rank, full, strict=True))
+        return Choice(choice.decomposition, tuple(multiples))
 
     def note(self, problem: RankProblem, rank: Rank) -> str | None:
         return self.rule.note(problem, rank)

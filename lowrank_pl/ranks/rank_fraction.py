@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from lowrank_pl.decompositions import Rank
+from lowrank_pl.decompositions import Choice
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem, RankRule, at_fraction
 
@@ -22,7 +22,11 @@ class RankFraction(RankRule):
         if isinstance(self.R_c, bool) or not isinstance(self.R_c, (int, float)) or not 0 < self.R_c <= 1:
             raise ValueError(f"Expected argument `R_c` to be a fraction in (0, 1] but got {self.R_c!r}")
 
+    @property
+    def sees_shapes_alone(self) -> bool:
+        return True
+
     def __call__(
         self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
-    ) -> list[Rank]:
-        return [at_fraction(problem.full, self.R_c) for problem in problems]
+    ) -> list[Choice]:
+        return [Choice(problem.decomposition, at_fraction(problem.full, self.R_c)) for problem in problems]

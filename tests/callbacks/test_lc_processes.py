@@ -22,7 +22,7 @@ class Disagree(pl.Callback):
 
             def different(compression, weight, rank):
                 structure = factor(compression, weight, rank)
-                return structure.with_tensors([1.001 * tensor for tensor in structure.tensors()])
+                return structure.with_tensors([1.001 * tensor for tensor in structure.tensors])
 
             CostPenalty.__call__, Compression.factor = others, different
 

@@ -98,7 +98,7 @@ def test_projections_do_not_depend_on_autocast_or_matmul_precision(decomposition
     finally:
         torch.set_float32_matmul_precision(before)
     assert products.dtypes == {torch.float64}
-    assert all(map(torch.equal, structure.tensors(), expected.tensors()))
+    assert all(map(torch.equal, structure.tensors, expected.tensors))
     assert projected.dtype == torch.float32
     assert close(projected, expected.reconstruct(), 1e-6)
 
@@ -107,7 +107,7 @@ def test_projections_do_not_depend_on_autocast_or_matmul_precision(decomposition
 def test_spectra(decomposition, name):
     layer, _ = make_layer(name)
     spec = spec_of(layer)
-    full, spectra = decomposition.full_rank(spec), decomposition.spectra(layer.weight.detach(), spec)
+    full, spectra = decomposition.full_rank(spec), decomposition.analyze(layer.weight.detach(), spec).errors
     energy = float(layer.weight.detach().square().sum())
     assert [len(spectrum) for spectrum in spectra] == [most + 1 for most in full]
     for spectrum in spectra:
@@ -122,7 +122,7 @@ def test_errors(decomposition, name):
     """The squared error is what the spectrum says, or at most the sum of several; it never grows with the rank."""
     layer, _ = make_layer(name)
     spec = spec_of(layer)
-    spectra = decomposition.spectra(layer.weight.detach(), spec)
+    spectra = decomposition.analyze(layer.weight.detach(), spec).errors
     energy = float(layer.weight.detach().square().sum())
     errors = []
     for rank in some_ranks(decomposition.full_rank(spec)):
@@ -164,7 +164,7 @@ def test_parameters(decomposition, name):
         module = structure.to_module(bias)
         parameters = list(module.parameters())
         weights = sum(p.numel() for p in parameters) - (0 if bias is None else bias.numel())
-        assert weights == structure.num_weights == count_weights(decomposition.stages(spec, rank))
+        assert weights == structure.num_weights == decomposition.layout(spec, rank).num_weights
         assert all(p.is_leaf and p.requires_grad and p.is_contiguous() for p in parameters)
         assert not any(p is layer.weight or p is bias for p in parameters)
         assert not list(module.buffers())
@@ -185,7 +185,7 @@ def test_macs(decomposition, name):
                 module(x[:1])
         assert structure.macs == counter.get_total_flops() // 2
         if not isinstance(module, TiledLayer) or module.run == "factors":
-            assert structure.macs == count_macs(decomposition.stages(spec, rank))
+            assert structure.macs == total_macs(decomposition.layout(spec, rank).stages)
     unseen = decomposition.factor(layer.weight, spec.with_(inputs=()), rank)
     assert unseen.macs is None
 
@@ -211,7 +211,7 @@ def test_not_finite(decomposition, name):
             with pytest.raises(ValueError, match="finite"):
                 decomposition.factor(layer.weight, spec, middle(decomposition.full_rank(spec)))
             with pytest.raises(ValueError, match="finite"):
-                decomposition.spectra(layer.weight.detach(), spec)
+                decomposition.analyze(layer.weight.detach(), spec).errors
 
 
 @each_pair
@@ -238,7 +238,7 @@ def test_module_from_dictionary(decomposition, name):
     structure = decomposition.factor(layer.weight, spec, middle(decomposition.full_rank(spec)))
     for bias in {None, layer.bias}:
         module = structure.to_module(bias)
-        values = json.loads(json.dumps(structure.to_dict()))
+        values = json.loads(json.dumps(structure.layout.to_dict()))
         empty = module_from_dict(values, spec.with_(inputs=()), bias is not None).double()
         shapes = {key: value.shape for key, value in module.state_dict().items()}
         assert {key: value.shape for key, value in empty.state_dict().items()} == shapes

@@ -180,7 +180,7 @@ def test_a_worse_theta_is_not_taken(monkeypatch):
 
     def bad(self, weight, layer, rank):
         structure = original(self, weight, layer, rank)
-        return structure.with_tensors([1.5 * t for t in structure.tensors()])
+        return structure.with_tensors([1.5 * t for t in structure.tensors])
 
     monkeypatch.setattr(Tucker2, "_factor", bad)
     after, done = c_step(plan, rule, state, 0.2, 0.2)

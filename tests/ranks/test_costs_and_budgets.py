@@ -50,8 +50,8 @@ def brute_force(problem, lambda_, error_weight, count):
     for member in members:
         for rank in product(*(range(1, most + 1) for most in member.full_rank(problem.layer))):
             price = count(member.stages(problem.layer, rank))
-            if price < dense and count_weights(member.stages(problem.layer, rank)) < problem.layer.num_weights:
-                tails = member.spectra(problem.weight, problem.layer)  # for Tucker-2 a bound, which is what is promised
+            if price < dense and member.layout(problem.layer, rank).num_weights < problem.layer.num_weights:
+                tails = member.analyze(problem.weight, problem.layer).errors  # for Tucker-2 a bound, which is what is promised
                 error = sum(float(s[r]) for s, r in zip(tails, rank, strict=True))
                 best.append((lambda_ * price + error_weight * error, price))
     return min(best)[0]
@@ -82,7 +82,7 @@ def value_of(problem, rank, count):
     if rank == problem.full:
         return count((problem.layer,)), 0.0
     member, own = chosen(problem.decomposition, rank)
-    tails = member.spectra(problem.weight, problem.layer)
+    tails = member.analyze(problem.weight, problem.layer).errors
     return count(member.stages(problem.layer, own)), sum(float(s[r]) for s, r in zip(tails, own, strict=True))
 
 

@@ -1,10 +1,9 @@
-"""What a layer costs: weights, multiply-adds, seconds on this device, or any function of its shape."""
+"""Seconds, measured on this device."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -17,42 +16,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from lowrank_pl.choices import snake_case
-from lowrank_pl.decompositions import Decomposition, Rank, chosen
+from lowrank_pl.costs.base import StructureCost
+from lowrank_pl.decompositions import Decomposition
 from lowrank_pl.files import write_files
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import TiledLayer, build
+from lowrank_pl.layers import build
+from lowrank_pl.structures import Rank
 from lowrank_pl.timing import median_ms
 
-Cost = Callable[[LayerSpec], float]
-
 
 @final
 @dataclass(frozen=True)
-class Params:
-    """Weights of the factors; biases and norms apart."""
-
-    def __call__(self, layer: LayerSpec) -> float:
-        return layer.num_weights
-
-
-@final
-@dataclass(frozen=True)
-class Macs:
-    """Multiply-adds for one input of the network: of every stage that is deployed, as it will run."""
-
-    def __call__(self, layer: LayerSpec) -> float:
-        if layer.macs is None:
-            raise ValueError(
-                "Expected layers that have been seen to run, since multiply-adds depend on the size of their inputs: "
-                "give `example_input`, or take cost='params'"
-            )
-        return layer.macs
-
-
-@final
-@dataclass(frozen=True)
-class Latency:
+class Latency(StructureCost):
     """Nanoseconds per batch on this device, so that lambda is in loss per millisecond.
 
     A structure is measured as a whole at `points` ranks from 1 to the largest (per entry of the rank), once for every
@@ -136,10 +111,10 @@ class Latency:
     ) -> list[float]:
         weight = build(layer, bias=False).weight
         assert isinstance(weight, torch.Tensor)
-        modules = [decomposition.factor(weight, layer, rank).to_module(None) for rank in itertools.product(*grid)]
-        for module in modules:
-            if isinstance(module, TiledLayer) and getattr(decomposition, "run", None) is None:
-                module.run = "factors"
+        analysis = decomposition.analyze(weight.detach(), layer)
+        structures = [analysis.factor(rank) for rank in itertools.product(*grid)]
+        # from its factors where it could also run dense: the dense layer's time is known
+        modules = [s.with_layout(s.layout.forms()[-1]).to_module(None) for s in structures]
         times = np.reshape(self._measure(layer, modules), [len(axis) for axis in grid])
         for axis in range(times.ndim):
             times = np.maximum.accumulate(times, axis=axis)
@@ -155,40 +130,6 @@ class Latency:
         with torch.no_grad():
             calls = [partial(_run_all, module.to(self.device).eval(), inputs) for module in modules]
             return [1e6 * ms for ms in median_ms(calls, torch.device(self.device).type, seconds=0.05)]
-
-
-def resolve_cost(cost: Any, argument: str = "cost") -> Cost:
-    """A cost from its name (`params`, `macs`, `latency`), or any function from a `LayerSpec` to a number."""
-    known: dict[str, Callable[[], Cost]] = {snake_case(kind.__name__): kind for kind in (Params, Macs, Latency)}
-    if isinstance(cost, str) and cost in known:
-        return known[cost]()
-    if isinstance(cost, str) or not callable(cost):
-        raise ValueError(
-            f"Expected argument `{argument}` to be one of {', '.join(sorted(known))}, or a function from a LayerSpec "
-            f"to a number, but got {cost!r}"
-        )
-    return cost
-
-
-def charge(cost: Cost, layer: LayerSpec) -> float:
-    """What one stage costs. Raises `ValueError` for a function that does not give a finite number of at least 0."""
-    value: Any = cost(layer)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise ValueError(f"Expected argument `cost` to give a number of at least 0 but it gave {value!r} for {layer}")
-    return number
-
-
-def price(cost: Cost, layer: LayerSpec, decomposition: Decomposition, rank: Rank) -> float:
-    """What a layer costs as this structure; at rank 0 nothing."""
-    if not any(rank):
-        return 0.0
-    if isinstance(cost, Latency):  # the stages' times do not simply add up
-        return cost.of_structure(layer, *chosen(decomposition, rank))
-    return sum(charge(cost, stage) for stage in decomposition.stages(layer, rank))
 
 
 @cache

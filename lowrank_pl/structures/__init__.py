@@ -1,0 +1,34 @@
+"""What weights are written as and deployed as, one file for each kind."""
+
+from typing import Any
+
+from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.structures.base import Layout, Rank, Structure, total_macs
+from lowrank_pl.structures.chain import Chain
+from lowrank_pl.structures.constant import Constant
+from lowrank_pl.structures.dense import Dense
+from lowrank_pl.structures.tiles import Tiles
+
+__all__ = [
+    "Chain",
+    "Constant",
+    "Dense",
+    "Layout",
+    "Rank",
+    "Structure",
+    "Tiles",
+    "layout_from_dict",
+    "total_macs",
+]
+
+
+def layout_from_dict(values: Any, layer: LayerSpec) -> Layout:
+    """What `Layout.to_dict` described, in place of `layer`, whose inputs flow through it.
+
+    Raises `ValueError` for anything else, and for a layout that does not fit the layer.
+    """
+    for kind in (Chain, Tiles, Constant):
+        layout = kind.from_dict(values, layer) if isinstance(values, dict) else None
+        if layout is not None:
+            return layout
+    raise ValueError(f"Expected a chain, tiles or a constant in place of {layer} but got {values!r:.200}")

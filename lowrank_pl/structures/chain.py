@@ -1,0 +1,90 @@
+"""Ordinary layers one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers import as_stored, build
+from lowrank_pl.structures.base import Layout, total_macs
+
+
+@final
+@dataclass(frozen=True)
+class Chain(Layout):
+    """Its links are ordinary layers; its tensors are their weights as operators `[T, S / groups, *kernel]`."""
+
+    layer: LayerSpec
+    links: tuple[LayerSpec, ...]
+
+    @property
+    def stages(self) -> tuple[LayerSpec, ...]:
+        return self.links
+
+    @property
+    def macs(self) -> int | None:
+        return total_macs(self.stages)
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(stage.operator_shape for stage in self.stages)
+
+    def weight(self, tensors: Sequence[Tensor]) -> Tensor:
+        operator, groups = tensors[0], self.stages[0].groups
+        for stage, following in zip(self.stages[1:], tensors[1:], strict=True):
+            operator, groups = _compose(operator, groups, following, stage.groups)
+        return as_stored(operator, self.layer)
+
+    def build(self, bias: bool) -> nn.Module:
+        last = len(self.stages) - 1
+        return nn.Sequential(*(build(stage, bias and i == last) for i, stage in enumerate(self.stages)))
+
+    def parameters(self, tensors: Sequence[Tensor], bias: Tensor | None) -> dict[str, Tensor]:
+        stored = map(as_stored, tensors, self.stages)
+        weights = {f"{i}.weight": tensor for i, tensor in enumerate(stored)}
+        return {**weights, **({} if bias is None else {f"{len(self.stages) - 1}.bias": bias})}
+
+    def describe(self) -> str:
+        return " > ".join(map(_in_words, self.stages))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "chain", "stages": [stage.to_dict() for stage in self.stages]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], layer: LayerSpec) -> Chain | None:
+        """None where the stages do not lead from the layer's inputs to its outputs. Raises `ValueError` for a stage
+        that is no layer."""
+        stored = values.get("stages")
+        if values.get("kind") != "chain" or not isinstance(stored, list) or not stored:
+            return None
+        stages, inputs = [], layer.inputs
+        for each in stored:
+            stages.append(LayerSpec.from_dict(each).with_(inputs=inputs))
+            inputs = stages[-1].outputs
+        fits = all(before.out_channels == after.in_channels for before, after in pairwise(stages))
+        ends = (stages[0].in_channels, stages[-1].out_channels) == (layer.in_channels, layer.out_channels)
+        return cls(layer, tuple(stages)) if fits and ends else None
+
+
+def _in_words(stage: LayerSpec) -> str:
+    groups = f" /{stage.groups}" if stage.groups > 1 else ""
+    return f"{'x'.join(map(str, stage.kernel))} {stage.out_channels}{groups}".strip()
+
+
+def _compose(first: Tensor, groups: int, second: Tensor, second_groups: int) -> tuple[Tensor, int]:
+    """The operator of two convolutions in a row; along each axis one of them must have size 1.
+
+    Either both have the same groups, or the second has one: `[R, S/g, ...]` then `[T, R, ...]` is `[T, S, ...]`.
+    """
+    blocks = first.unflatten(0, (groups, -1))
+    if second_groups == groups:
+        combined = torch.einsum("gtr...,grs...->gts...", second.unflatten(0, (groups, -1)), blocks)
+        return combined.flatten(0, 1), groups
+    assert second_groups == 1
+    combined = torch.einsum("tgr...,grs...->tgs...", second.unflatten(1, (groups, -1)), blocks)
+    return combined.flatten(1, 2), 1

@@ -1,0 +1,90 @@
+"""A grid of low-rank tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers import Run, TiledLayer, factor_shapes, tile_regions, weight_of_tiles
+from lowrank_pl.structures.base import Layout, total_macs
+
+_NOTES = {"factors": "runs from its factors", "dense": "stored as factors, runs dense"}
+
+
+@final
+@dataclass(frozen=True)
+class Tiles(Layout):
+    """Square tiles of the lowered matrix `T x (S d d)` at rank r: the left and right factors of `TiledLayer`, region
+    by region, all left ones first.
+
+    `run` says how the layer computes; None leaves it open, which is dense until something has been measured.
+    """
+
+    layer: LayerSpec
+    tile: int
+    rank: int
+    run: Run | None = None
+
+    @property
+    def stages(self) -> tuple[LayerSpec, ...]:
+        """Per region of equal tiles two grouped products, over the tiles' columns and over their rows."""
+        positions = tuple((math.prod(size),) for size in self.layer.outputs)
+        stages = []
+        for rows, columns in tile_regions(self.layer, self.tile):
+            inner = rows.tiles * columns.tiles * min(self.rank, rows.size, columns.size)
+            right = LayerSpec("linear", columns.tiles * columns.size, inner, groups=columns.tiles, inputs=positions)
+            stages += [right, right.then(rows.tiles * rows.size, groups=rows.tiles)]
+        return tuple(stages)
+
+    @property
+    def macs(self) -> int | None:
+        return total_macs(self.stages) if self.run == "factors" else self.layer.macs
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        shapes = [factor_shapes(region, self.rank) for region in tile_regions(self.layer, self.tile)]
+        return (*(left for left, _ in shapes), *(right for _, right in shapes))
+
+    def weight(self, tensors: Sequence[Tensor]) -> Tensor:
+        regions = tile_regions(self.layer, self.tile)
+        factors = zip(tensors[: len(regions)], tensors[len(regions) :], strict=True)
+        grids = [(*region, left, right) for region, (left, right) in zip(regions, factors, strict=True)]
+        return weight_of_tiles(self.layer, grids)
+
+    def forms(self) -> tuple[Layout, ...]:
+        return (self,) if self.run else (replace(self, run="dense"), replace(self, run="factors"))
+
+    def build(self, bias: bool) -> nn.Module:
+        return TiledLayer(self.layer, self.tile, self.rank, bias, self.run or "dense")
+
+    def parameters(self, tensors: Sequence[Tensor], bias: Tensor | None) -> dict[str, Tensor]:
+        regions = len(tensors) // 2
+        left = {f"left.{i}": tensor for i, tensor in enumerate(tensors[:regions])}
+        right = {f"right.{i}": tensor for i, tensor in enumerate(tensors[regions:])}
+        return {**left, **right, **({} if bias is None else {"bias": bias})}
+
+    def describe(self) -> str:
+        return f"tiles of {self.tile}, rank {self.rank}"
+
+    @property
+    def note(self) -> str:
+        return _NOTES.get(self.run or "", "")
+
+    def to_dict(self) -> dict[str, Any]:
+        shape = {"layer": self.layer.to_dict(), "tile": self.tile, "rank": self.rank}
+        return {"kind": "tiles", **shape, "run": self.run or "dense"}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], layer: LayerSpec) -> Tiles | None:
+        """None where the tiles do not fit the layer. Raises `ValueError` where they are of something else."""
+        if values.get("kind") != "tiles" or values.get("run") not in _NOTES:
+            return None
+        tile, rank, spec = values.get("tile"), values.get("rank"), LayerSpec.from_dict(values.get("layer"))
+        tiled = spec == layer.with_(inputs=()) and spec.kind != "conv_transpose" and spec.groups == 1
+        if not tiled or type(tile) is not int or type(rank) is not int:
+            return None
+        return cls(layer, tile, rank, values["run"]) if 1 <= rank <= tile <= min(spec.operator_shape[:2]) else None
