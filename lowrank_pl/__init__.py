@@ -8,7 +8,7 @@ from typing import Any
 
 _HOMES = {
     "lowrank_pl.callbacks": ("DeepTwist", "ExtractStructure", "LearningCompression"),
-    "lowrank_pl.compression": ("make_plan",),
+    "lowrank_pl.planning": ("make_plan",),
     "lowrank_pl.extraction": ("compress",),
     "lowrank_pl.storage": ("load_compressed", "save_compressed"),
     "lowrank_pl.report": ("Report", "summarize"),

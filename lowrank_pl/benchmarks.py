@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lowrank_pl.callbacks import DeepTwist, LearningCompression
-from lowrank_pl.compression import Plan, make_plan
+from lowrank_pl.compression import Plan
 from lowrank_pl.data import EpochSampler, ImageSet
 from lowrank_pl.files import write_files
 from lowrank_pl.methods import c_step, distort_
 from lowrank_pl.models import VGG, CifarResNet, LeNet5
 from lowrank_pl.module import Classifier
+from lowrank_pl.planning import make_plan
 from lowrank_pl.ranks import CostPenalty
 from lowrank_pl.ranks.cost_penalty import MILLION
 from lowrank_pl.schedules import constant
@@ -221,7 +222,7 @@ def _seconds(function: Callable[[Plan], Any], plan: Plan) -> float:
     return time.perf_counter() - start
 
 
-def _bare_loop(net: nn.Module, images: DataLoader) -> float:
+def _bare_loop(net: nn.Module, images: DataLoader[Any]) -> float:
     net.train()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     start = time.perf_counter()
@@ -243,7 +244,7 @@ def _trainer(steps: int, callbacks: list[pl.Callback]) -> pl.Trainer:
     )  # fmt: skip
 
 
-def _images(count: int, shape: tuple[int, ...], batch: int) -> DataLoader:
+def _images(count: int, shape: tuple[int, ...], batch: int) -> DataLoader[Any]:
     """Random images through the loader that `lowrank-pl train` uses."""
     generator = torch.Generator().manual_seed(0)
     pool: Tensor = torch.randint(0, 256, (min(count, 4096), *shape), dtype=torch.uint8, generator=generator)

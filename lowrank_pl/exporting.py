@@ -77,7 +77,8 @@ def _to_onnx(net: nn.Module, images: Tensor) -> bytes:
         net, (images,), dynamo=True, input_names=["images"], output_names=["logits"], verbose=False,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )  # fmt: skip
-    return program.model_proto.SerializeToString()
+    content: bytes = program.model_proto.SerializeToString()
+    return content
 
 
 def _pt2_runner(file: Any) -> Runner:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.compression import MethodChoice, Plan, RankChoice, make_plan
+from lowrank_pl.compression import Plan
+from lowrank_pl.planning import MethodChoice, RankChoice, make_plan
 from lowrank_pl.structures import Dense, Structure
 from lowrank_pl.surgery import Trace, detached_copy, find_layers, record, replace_layers
 from lowrank_pl.targets import Targets

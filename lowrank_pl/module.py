@@ -46,7 +46,8 @@ class Classifier(LightningModule):
         self.train_loss, self.train_images = (SumMetric(nan_strategy="disable") for _ in range(2))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(images.contiguous(memory_format=self.memory_format))
+        scores: Tensor = self.net(images.contiguous(memory_format=self.memory_format))
+        return scores
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ def from_first(make: Callable[[], T]) -> T:
     value, problem = outcome
     if problem is not None:
         raise problem
-    return value
+    return cast(T, value)
 
 
 @torch.no_grad()

@@ -250,13 +250,15 @@ def _count_macs(module: nn.Module, batch: tuple[Any, ...]) -> int:
             run(module, batch)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return counter.get_total_flops() // 2
+    flops: int = counter.get_total_flops()
+    return flops // 2
 
 
 def _batch(arguments: tuple[Any, ...], size: int) -> tuple[Any, ...]:
     """The arguments with so many inputs, repeated as needed."""
     repeat = lambda x: x[torch.arange(size) % len(x)] if x.dim() else x  # noqa: E731
-    return tree_map_only(Tensor, repeat, arguments)
+    batch: tuple[Any, ...] = tree_map_only(Tensor, repeat, arguments)
+    return batch
 
 
 def _device_name(device: torch.device) -> str:

@@ -139,7 +139,7 @@ def quoted(value: Any) -> str:
 
 def _read(manifest: Path) -> dict[str, Job]:
     try:
-        jobs = json.loads(manifest.read_text())["jobs"]
+        jobs: dict[str, Job] = json.loads(manifest.read_text())["jobs"]
         good = all(
             name == str(number) and isinstance(job, list) and all(isinstance(word, str) for word in job)
             for number, (name, job) in enumerate(jobs.items())

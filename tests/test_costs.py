@@ -1,6 +1,7 @@
 """What a layer costs, against PyTorch's own counter and with a clock of our own."""
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -8,16 +9,24 @@ from cases import DECOMPOSITIONS, LAYERS, make_layer, some_ranks, spec_on, suppo
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_pl import CostBudget, CostPenalty, GreedyEnergy, compress, costs
+from lowrank_pl import CostBudget, CostPenalty, GreedyEnergy, compress
+from lowrank_pl.compression import Compression
 from lowrank_pl.costs import Latency, Macs, Params, price, resolve_cost
-from lowrank_pl.decompositions import SVD, Cheapest, TiledSVD, Tucker2
+from lowrank_pl.decompositions import DENSE, SVD, ZERO, Cheapest, Choice, TiledSVD, Tucker2
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import TiledLayer, spec_of
 from lowrank_pl.models import LeNet300
+from lowrank_pl.ranks import RankProblem, enumerate_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+latency_module = import_module("lowrank_pl.costs.latency")
 PAIRS = [(d, name) for d in DECOMPOSITIONS for name in LAYERS if supports(d, make_layer(name)[0])]
 CONV = spec_of(nn.Conv2d(12, 20, 3, padding=1)).with_(inputs=((1, 8, 8),))
+
+
+def price_of(cost, layer, decomposition, rank):
+    choice = Choice(decomposition, rank)
+    return price(cost, choice, choice.layout(layer))
 
 
 @pytest.mark.parametrize(("decomposition", "name"), PAIRS, ids=lambda x: str(x).replace(" ", ""))
@@ -26,13 +35,25 @@ def test_prices_are_what_is_deployed(decomposition, name):
     spec = spec_on(layer, x)
     for rank in some_ranks(decomposition.full_rank(spec)):
         module = decomposition.factor(layer.weight, spec, rank).to_module(None).eval()
-        assert price(Params(), spec, decomposition, rank) == sum(p.numel() for p in module.parameters())
+        assert price_of(Params(), spec, decomposition, rank) == sum(p.numel() for p in module.parameters())
         if isinstance(module, TiledLayer):
             module.run = "factors"
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             module(x[:1])
-        assert price(Macs(), spec, decomposition, rank) == counter.get_total_flops() / 2
-    assert price(Macs(), spec, decomposition, (0,)) == 0
+        assert price_of(Macs(), spec, decomposition, rank) == counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_prices_of_dense_layers_and_of_none(name):
+    layer, x = make_layer(name)
+    spec = spec_on(layer, x)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(x[:1])
+    assert price(Macs(), DENSE, DENSE.layout(spec)) == counter.get_total_flops() / 2
+    assert price(Params(), DENSE, DENSE.layout(spec)) == layer.weight.numel()
+    assert price(lambda stage: 7.0, DENSE, DENSE.layout(spec)) == 7.0
+    for cost in (Macs(), Params(), Latency(), lambda stage: 7.0):
+        assert price(cost, ZERO, ZERO.layout(spec)) == 0
 
 
 def test_names_and_functions():
@@ -52,8 +73,8 @@ class Clock:
 
     def __init__(self, monkeypatch, ms=lambda weights: weights / 1000):
         self.asked, self.ms = 0, ms
-        monkeypatch.setattr(costs, "median_ms", self.measure)
-        costs._tables.cache_clear()
+        monkeypatch.setattr(latency_module, "median_ms", self.measure)
+        latency_module._tables.cache_clear()
 
     def measure(self, calls, device, seconds):
         self.asked += len(calls)
@@ -65,12 +86,12 @@ def test_latency_is_measured_once_and_interpolated(monkeypatch, tmp_path):
     latency = Latency(cache=str(tmp_path / "latency.json"), points=4)
     assert latency(CONV) == 1e6 * CONV.num_weights / 1000  # nanoseconds
     for r in range(1, 21):
-        assert price(latency, CONV, SVD(), (r,)) == pytest.approx(1e6 * r * (20 + 108) / 1000)  # linear here
+        assert price_of(latency, CONV, SVD(), (r,)) == pytest.approx(1e6 * r * (20 + 108) / 1000)  # linear here
     asked = clock.asked
     assert asked == 1 + 4  # the dense layer, and ranks 1 to 20
-    price(latency, CONV, SVD(), (7,))
-    costs._tables.cache_clear()  # another process
-    price(latency, CONV, SVD(), (7,))
+    price_of(latency, CONV, SVD(), (7,))
+    latency_module._tables.cache_clear()  # another process
+    price_of(latency, CONV, SVD(), (7,))
     assert clock.asked == asked
     stored = json.loads((tmp_path / "latency.json").read_text())
     assert stored["conditions"] == latency.conditions()
@@ -82,18 +103,29 @@ def test_latency_of_several_entries_and_of_a_choice(monkeypatch, tmp_path):
     latency = Latency(cache=str(tmp_path / "latency.json"), points=5)
     exact = [(12, 20), (1, 1), (12, 1)]
     for rank in exact:
-        weights = sum(stage.num_weights for stage in Tucker2().stages(CONV, rank))
-        assert price(latency, CONV, Tucker2(), rank) == pytest.approx(1e3 * weights)
-    assert price(latency, CONV, Cheapest("svd", "tucker2"), (1, 12, 20)) == price(latency, CONV, Tucker2(), (12, 20))
+        weights = sum(stage.num_weights for stage in Tucker2().layout(CONV, rank).stages)
+        assert price_of(latency, CONV, Tucker2(), rank) == pytest.approx(1e3 * weights)
+    for decomposition in (SVD(), Tucker2()):
+        problem = RankProblem("", CONV, Cheapest("svd", "tucker2"), torch.randn(20, 12, 3, 3), least=0)
+        found = enumerate_ranks(problem, latency)
+        own = {choice.rank: cost for choice, cost in zip(found.choices, found.costs, strict=True)
+               if choice.decomposition == decomposition}  # fmt: skip
+        assert len(own) > 3
+        assert own == {rank: price_of(latency, CONV, decomposition, rank) for rank in own}
+        assert found.costs[found.index(DENSE)] == latency(CONV)
+        assert found.costs[found.index(ZERO)] == 0
+    both = Compression("", nn.Identity(), CONV, Cheapest("svd", "tucker2"), CostPenalty(1.0, latency))
+    assert both.cost(latency, both.from_list([1, 5, 4])) == price_of(latency, CONV, Tucker2(), (5, 4))
+    assert both.cost(latency, both.from_list([1, 12, 20])) == latency(CONV)  # no cheaper in weights
     linear = LayerSpec("linear", 30, 20, inputs=((4,),))
-    assert price(latency, linear, TiledSVD(8), (8,)) > price(latency, linear, TiledSVD(8), (1,))
+    assert price_of(latency, linear, TiledSVD(8), (8,)) > price_of(latency, linear, TiledSVD(8), (1,))
 
 
 def test_latency_does_not_fall_with_the_rank(monkeypatch, tmp_path):
     noise = iter([3.0, 2.0, 5.0, 4.0, 6.0, 1.0])
     Clock(monkeypatch, ms=lambda weights: next(noise))
     latency = Latency(cache=str(tmp_path / "latency.json"), points=6)
-    values = [price(latency, CONV, SVD(), (r,)) for r in range(1, 21)]
+    values = [price_of(latency, CONV, SVD(), (r,)) for r in range(1, 21)]
     assert values == sorted(values)
     assert max(values) == 6e6
 
@@ -127,7 +159,7 @@ def test_by_default_the_file_names_its_conditions(monkeypatch, tmp_path):
 def test_latency_for_real(tmp_path):
     latency = Latency(cache=str(tmp_path / "latency.json"), points=2)
     assert 0 < latency(CONV) < 1e9
-    assert 0 < price(latency, CONV, SVD(), (1,)) <= price(latency, CONV, SVD(), (20,))
+    assert 0 < price_of(latency, CONV, SVD(), (1,)) <= price_of(latency, CONV, SVD(), (20,))
 
 
 @pytest.mark.parametrize("arguments", [{"batch": 0}, {"points": 0}, {"batch": 1.5}])

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lowrank_pl import SVD, FixedRank, Targets, compress, make_plan
-from lowrank_pl.names import snake_case
 from lowrank_pl.models import CifarResNet, LeNet300
+from lowrank_pl.names import snake_case
 from lowrank_pl.surgery import record
 
 

@@ -15,10 +15,11 @@ from lowrank_pl.callbacks.listener import Listener
 from lowrank_pl.callbacks.quiet import batch_norms, recalibrate_batch_norms_
 from lowrank_pl.callbacks.swap import Swap
 from lowrank_pl.checks import check_int
-from lowrank_pl.compression import DEFAULT_RANK, MethodChoice, Plan, RankChoice, make_plan
+from lowrank_pl.compression import Plan
 from lowrank_pl.decompositions import Candidates, Choice
 from lowrank_pl.methods import Distortion, distort_
 from lowrank_pl.names import resolve
+from lowrank_pl.planning import DEFAULT_RANK, MethodChoice, RankChoice, make_plan
 from lowrank_pl.processes import equalize_
 from lowrank_pl.ranks import RankRule
 from lowrank_pl.surgery import Trace

@@ -10,9 +10,10 @@ import pytorch_lightning as pl
 from lowrank_pl.callbacks.compression_callback import CompressionCallback, Occasion, rank_metrics
 from lowrank_pl.callbacks.quiet import quiet_copy, training_loss
 from lowrank_pl.checks import check_int
-from lowrank_pl.compression import MethodChoice, Plan, RankChoice
+from lowrank_pl.compression import Plan
 from lowrank_pl.decompositions import Choice
 from lowrank_pl.methods import Distortion, distort_, is_due
+from lowrank_pl.planning import MethodChoice, RankChoice
 from lowrank_pl.processes import from_first
 from lowrank_pl.ranks import RankProblem
 from lowrank_pl.report import print_plan

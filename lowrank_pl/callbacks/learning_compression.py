@@ -16,10 +16,11 @@ from lowrank_pl.callbacks.compression_callback import CompressionCallback, Occas
 from lowrank_pl.callbacks.l_step import LStep, LStepNames, l_step_of
 from lowrank_pl.callbacks.learning_rate import clear_momentum_, stability, start_l_step_
 from lowrank_pl.checks import check_int, check_number
-from lowrank_pl.compression import MethodChoice, Plan, make_plan, write_weights_
+from lowrank_pl.compression import Plan, write_weights_
 from lowrank_pl.costs import Cost, Latency
 from lowrank_pl.decompositions import DENSE, ZERO
 from lowrank_pl.methods import CStep, Distortion, LCState, add_penalty_gradients_, c_step, least_mu
+from lowrank_pl.planning import MethodChoice, make_plan
 from lowrank_pl.processes import from_first, is_parallel
 from lowrank_pl.ranks import CostBudget, CostPenalty
 from lowrank_pl.report import print_plan

@@ -54,7 +54,8 @@ def read_stored(file: Path) -> DictConfig:
     for key, value in flat(plain):
         if isinstance(value, str) and "${" in value:
             raise ValueError(f"{file}: expected `{key}` to be a plain value but got {value!r}")
-    return OmegaConf.create(plain)
+    made: DictConfig = OmegaConf.create(plain)
+    return made
 
 
 def change(config: DictConfig, words: list[str], linked: dict[str, str]) -> dict[str, tuple[Any, Any]]:

@@ -1,7 +1,6 @@
 """What a layer costs: weights, multiply-adds, seconds on this device, or any function of its shape."""
 
 from collections.abc import Callable
-from typing import Any
 
 from lowrank_pl.costs.base import Cost, StructureCost, charge, price
 from lowrank_pl.costs.counts import Macs, Params
@@ -11,7 +10,7 @@ from lowrank_pl.names import snake_case
 __all__ = ["Cost", "Latency", "Macs", "Params", "StructureCost", "charge", "price", "resolve_cost"]
 
 
-def resolve_cost(cost: Any, argument: str = "cost") -> Cost:
+def resolve_cost(cost: str | Cost, argument: str = "cost") -> Cost:
     """A cost from its name (`params`, `macs`, `latency`), or any function from a `LayerSpec` to a number."""
     known: dict[str, Callable[[], Cost]] = {snake_case(kind.__name__): kind for kind in (Params, Macs, Latency)}
     if isinstance(cost, str) and cost in known:

@@ -20,7 +20,7 @@ class Arrays(ImageArrays):
     ValueError for anything else, at `setup()`.
     """
 
-    def __init__(self, file: str, **kwargs) -> None:
+    def __init__(self, file: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.file = file
 

@@ -1,5 +1,7 @@
 """scikit-learn's handwritten digits."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -17,7 +19,7 @@ class Digits(ImageArrays):
     360 of them, stratified and always the same, are the test set. Nothing is downloaded.
     """
 
-    def __init__(self, size: int | None = 32, **kwargs) -> None:
+    def __init__(self, size: int | None = 32, **kwargs: Any) -> None:
         super().__init__(size=size, **kwargs)
 
     def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

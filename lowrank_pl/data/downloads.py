@@ -18,7 +18,7 @@ class MNIST(ImageArrays):
     Read from `root`; downloaded to it if absent.
     """
 
-    def __init__(self, root: str = "data", subtract_mean_image: bool = True, **kwargs) -> None:
+    def __init__(self, root: str = "data", subtract_mean_image: bool = True, **kwargs: Any) -> None:
         super().__init__(subtract_mean_image=subtract_mean_image, **kwargs)
         self.root = root
 
@@ -29,7 +29,7 @@ class MNIST(ImageArrays):
 class FashionMNIST(ImageArrays):
     """60,000 + 10,000 gray 28 x 28 pieces of clothing (Xiao et al., 2017), prepared like MNIST."""
 
-    def __init__(self, root: str = "data", subtract_mean_image: bool = True, **kwargs) -> None:
+    def __init__(self, root: str = "data", subtract_mean_image: bool = True, **kwargs: Any) -> None:
         super().__init__(subtract_mean_image=subtract_mean_image, **kwargs)
         self.root = root
 
@@ -50,7 +50,7 @@ class CIFAR10(ImageArrays):
         augment: bool = True,
         mean: Sequence[float] | None = _IMAGENET_MEAN,
         std: Sequence[float] | None = _IMAGENET_STD,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(augment=augment, mean=mean, std=std, **kwargs)
         self.root = root
@@ -68,7 +68,7 @@ class CIFAR100(ImageArrays):
         augment: bool = True,
         mean: Sequence[float] | None = _IMAGENET_MEAN,
         std: Sequence[float] | None = _IMAGENET_STD,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(augment=augment, mean=mean, std=std, **kwargs)
         self.root = root

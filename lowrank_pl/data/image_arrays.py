@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -82,26 +83,26 @@ class ImageArrays(LightningDataModule, ABC):
         self.num_classes = int(max(y_train.max(), y_test.max())) + 1
         self._train = ImageSet(x_train, y_train, mean, std, augment=self.augment)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         self.setup()
         assert self._train is not None
         return _loader(self._train, EpochSampler(len(self._train), self.batch_size, True, self.seed))
 
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         self.setup()
         return self._eval_loader(self._val) if len(self._val) else []
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader[Any]:
         self.setup()
         return self._eval_loader(self._test)
 
-    def train_eval_dataloader(self) -> DataLoader:
+    def train_eval_dataloader(self) -> DataLoader[Any]:
         """The training images as they are: in their order, without augmentation."""
         self.setup()
         assert self._train is not None
         return self._eval_loader(replace(self._train, augment=False))
 
-    def _eval_loader(self, images: ImageSet) -> DataLoader:
+    def _eval_loader(self, images: ImageSet) -> DataLoader[Any]:
         return _loader(images, EpochSampler(len(images), self.eval_batch_size, shuffle=False))
 
     def _normalization(self, x_train: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +127,7 @@ def _split(size: int, val_fraction: float) -> tuple[Tensor, Tensor]:
     return order[held_back:].sort().values, order[:held_back].sort().values
 
 
-def _loader(images: ImageSet, sampler: EpochSampler) -> DataLoader:
+def _loader(images: ImageSet, sampler: EpochSampler) -> DataLoader[Any]:
     return ResumableLoader(
         images,
         sampler=sampler,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -44,7 +45,7 @@ class ImageFolder(LightningDataModule):
         self.root, self.batch_size, self.eval_batch_size = root, batch_size, eval_batch_size
         self.workers, self.size, self.val_fraction, self.seed = workers, size, val_fraction, seed
         self.augment, self.mean, self.std = augment, list(mean), list(std)
-        self._train: Subset | None = None
+        self._train: Subset[Any] | None = None
 
     def setup(self, stage: str | None = None) -> None:
         if self._train is not None:
@@ -62,20 +63,20 @@ class ImageFolder(LightningDataModule):
         self.input_shape, self.num_classes = (3, self.size, self.size), len(plain.classes)
         self._train = Subset(augmented, order[held_back:])
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         self.setup()
         assert self._train is not None
         return self._loader(self._train, self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         self.setup()
         return self._loader(self._val, self.eval_batch_size, shuffle=False) if len(self._val) else []
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader[Any]:
         self.setup()
         return self._loader(self._test, self.eval_batch_size, shuffle=False)
 
-    def _loader(self, images: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
+    def _loader(self, images: Dataset[Any], batch_size: int, shuffle: bool) -> DataLoader[Any]:
         return ResumableLoader(
             images,
             batch_size,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from lowrank_pl.data.augment import flip_and_crop
 
 
 @dataclass(eq=False)
-class ImageSet(Dataset):
+class ImageSet(Dataset[Any]):
     """Images uint8 [N, C, H, W] with labels int64 [N], normalized to `(image / 255 - mean) / std`.
 
     An item is a batch, `set[indices]`: float32 [B, C, H, W] and int64 [B]. For a DataLoader with

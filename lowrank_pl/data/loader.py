@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 
-class ResumableLoader(DataLoader):
+class ResumableLoader(DataLoader[Any]):
     """A DataLoader whose state is how many batches of the epoch it has handed out.
 
     Its sampler has an attribute `first_batch`, where the next epoch starts.

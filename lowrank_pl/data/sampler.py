@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from lowrank_pl.processes import place
 
 
-class EpochSampler(DistributedSampler):
+class EpochSampler(DistributedSampler[Any]):
     """The batches of one epoch, each an int64 tensor of up to `batch_size` indices below `size`.
 
     The order is a function of (`seed`, epoch) and of nothing else, so an epoch can be taken up in its middle.
@@ -60,10 +61,10 @@ class EpochSampler(DistributedSampler):
         return order[torch.arange(self.rank, self.total_size, self.num_replicas) % self.size]
 
 
-class ImageSampler(DistributedSampler):
+class ImageSampler(DistributedSampler[Any]):
     """The images of one epoch, one index each, for a loader of `batch_size`; an epoch can be taken up in its middle."""
 
-    def __init__(self, images: Dataset, batch_size: int, shuffle: bool, seed: int) -> None:
+    def __init__(self, images: Dataset[Any], batch_size: int, shuffle: bool, seed: int) -> None:
         rank, world_size = place()
         super().__init__(images, world_size, rank, shuffle, seed)
         self.batch_size, self.first_batch = batch_size, 0

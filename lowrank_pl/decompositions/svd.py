@@ -56,7 +56,8 @@ class SVD(Decomposition):
         operator = as_operator(weight, layer).unflatten(0, (layer.groups, -1))
         if layer.kind == "conv_transpose":
             operator = operator.transpose(1, 2)
-        return operator.flatten(2)
+        matrices: Tensor = operator.flatten(2)
+        return matrices
 
 
 def _arrange(layer: LayerSpec, layout: Layout, factors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:

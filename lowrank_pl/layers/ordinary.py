@@ -45,7 +45,7 @@ def build(spec: LayerSpec, bias: bool) -> nn.Module:
         return nn.Linear(spec.in_channels, spec.out_channels, bias=bias)
     options = {} if spec.kind == "conv" else {"output_padding": spec.output_padding}
     classes = _CONVS if spec.kind == "conv" else _TRANSPOSED
-    return classes[len(spec.kernel)](
+    layer: nn.Module = classes[len(spec.kernel)](
         spec.in_channels,
         spec.out_channels,
         spec.kernel,
@@ -57,13 +57,15 @@ def build(spec: LayerSpec, bias: bool) -> nn.Module:
         padding_mode=spec.padding_mode,
         **options,
     )
+    return layer
 
 
 def as_operator(weight: Tensor, spec: LayerSpec) -> Tensor:
     """A weight as `[T, S / groups, *kernel]`; PyTorch stores transposed convolutions as `[S, T / groups, ...]`."""
     if spec.kind != "conv_transpose":
         return weight
-    return weight.unflatten(0, (spec.groups, -1)).transpose(1, 2).flatten(0, 1)
+    operator: Tensor = weight.unflatten(0, (spec.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return operator
 
 
 def as_stored(operator: Tensor, spec: LayerSpec) -> Tensor:

@@ -112,6 +112,7 @@ class TiledLayer(nn.Module):
         return self._dense[1]
 
     def _forward_factors(self, x: Tensor) -> Tensor:
+        y: Tensor
         if self.spec.kind == "linear":
             y = self._multiply(x.reshape(1, -1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], self.spec.out_channels)
             return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -144,7 +145,8 @@ class TiledLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> TiledLayer:
         self._dense = None
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_dense": None}  # copies and pickles carry the factors only

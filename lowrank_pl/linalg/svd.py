@@ -12,6 +12,7 @@ from typing import final
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # not exported for type checkers
 
 
 @final
@@ -131,7 +132,7 @@ def _gram_eigh(matrix: Tensor, vectors: bool = True) -> tuple[Tensor, Tensor]:
             values, basis = torch.linalg.eigh(gram)  # of the lower triangle, faster than of the upper one
         else:
             values, basis = torch.linalg.eigvalsh(gram), gram.new_empty(0)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         left, singular, _ = _svd(matrix, full=True)
         missing = matrix.shape[-2] - singular.shape[-1]
         return torch.nn.functional.pad(singular.square(), (0, max(missing, 0))), left
@@ -144,7 +145,7 @@ def _svd(matrix: Tensor, full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     _check_finite(matrix)
     try:
         left, singular, right = torch.linalg.svd(matrix, full_matrices=full)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         if matrix.is_cuda:
             left, singular, right = torch.linalg.svd(matrix, full_matrices=full, driver="gesvd")
         else:  # the CPU has one driver; on the transpose it takes another path

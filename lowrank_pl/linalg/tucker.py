@@ -46,4 +46,5 @@ def _mode_vectors(kernel: Tensor, mode: int, rank: int, like: Tensor) -> Tensor:
 
 
 def _project(kernel: Tensor, mode: int, vectors: Tensor) -> Tensor:
-    return torch.tensordot(vectors.mT, kernel, dims=([1], [mode])).movedim(0, mode)
+    product: Tensor = torch.tensordot(vectors.mT, kernel, dims=([1], [mode])).movedim(0, mode)
+    return product

@@ -22,7 +22,8 @@ class LeNet300(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.fc1(x.flatten(1)))
-        return self.fc3(torch.tanh(self.fc2(x)))
+        y: Tensor = self.fc3(torch.tanh(self.fc2(x)))
+        return y
 
 
 class LeNet5(nn.Module):
@@ -47,7 +48,8 @@ class LeNet5(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        return self.fc2(self.dropout(F.relu(self.fc1(x.flatten(1)))))
+        y: Tensor = self.fc2(self.dropout(F.relu(self.fc1(x.flatten(1)))))
+        return y
 
 
 def _after_convolutions(size: int) -> int:

@@ -33,7 +33,8 @@ class NIN(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.features(x).mean((2, 3))
+        y: Tensor = self.features(x).mean((2, 3))
+        return y
 
 
 def _convolution(channels: int, planes: int, kernel: int) -> tuple[nn.Module, ...]:

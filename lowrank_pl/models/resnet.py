@@ -31,7 +31,8 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
+        y: Tensor = self.linear(x.mean((2, 3)))
+        return y
 
 
 class BasicBlock(nn.Module):

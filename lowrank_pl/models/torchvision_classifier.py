@@ -17,7 +17,7 @@ def torchvision_classifier(
     whose shape that changes keep their random start. Raises ValueError for an unknown name or gray images.
     """
     _check(name, input_shape)
-    net = torchvision.models.get_model(name, num_classes=num_classes, **_options(name, input_shape))
+    net: nn.Module = torchvision.models.get_model(name, num_classes=num_classes, **_options(name, input_shape))
     if pretrained:
         _load_what_fits(net, torchvision.models.get_model_weights(name))
     return net

@@ -43,7 +43,8 @@ class VGG(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x).flatten(1))
+        y: Tensor = self.classifier(self.features(x).flatten(1))
+        return y
 
 
 def _features(channels: int, convolutions: Sequence[int]) -> nn.Sequential:

@@ -80,7 +80,7 @@ class Entry:
         number = part.get("accuracy" if quantity == "error" else quantity)
         if number is None or not _is_number(number):
             return None
-        return 100 * (1 - number) if quantity == "error" else number
+        return float(100 * (1 - number) if quantity == "error" else number)
 
 
 def gather(directories: Iterable[str | Path]) -> list[Entry]:

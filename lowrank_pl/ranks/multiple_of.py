@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 from lowrank_pl.decompositions import Choice
 from lowrank_pl.layer_spec import LayerSpec
@@ -22,27 +22,30 @@ class MultipleOf(RankRule):
     below m becomes m.
     """
 
-    rule: Any
+    rule: str | RankRule
     m: int = 8
 
     def __post_init__(self) -> None:
         if type(self.m) is not int or self.m < 1:
             raise ValueError(f"Expected argument `m` to be an int of at least 1 but got {self.m!r}")
-        rules = resolve(self.rule, RankRule, "rule")  # type: ignore[type-abstract]
-        object.__setattr__(self, "rule", rules["*"])
+        object.__setattr__(self, "rule", self._inner)
+
+    @property
+    def _inner(self) -> RankRule:
+        return resolve(self.rule, RankRule, "rule")["*"]  # type: ignore[type-abstract]
 
     @property
     def compares(self) -> bool:
-        return self.rule.compares
+        return self._inner.compares
 
     @property
     def sees_shapes_alone(self) -> bool:
-        return self.rule.sees_shapes_alone
+        return self._inner.sees_shapes_alone
 
     def __call__(
         self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
     ) -> list[Choice]:
-        choices = self.rule(problems, error_weight, others)
+        choices = self._inner(problems, error_weight, others)
         return [self._rounded(problem, choice) for problem, choice in zip(problems, choices, strict=True)]
 
     def _rounded(self, problem: RankProblem, choice: Choice) -> Choice:
@@ -55,4 +58,4 @@ class MultipleOf(RankRule):
         return Choice(choice.decomposition, tuple(multiples))
 
     def note(self, problem: RankProblem, rank: Rank) -> str | None:
-        return self.rule.note(problem, rank)
+        return self._inner.note(problem, rank)

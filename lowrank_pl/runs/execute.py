@@ -6,6 +6,7 @@ import copy
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -119,13 +120,14 @@ class _Execution:
         identity = {"WandbLogger": "id", "MLFlowLogger": "run_id"}.get(getattr(make, "func", make).__name__)
         known = self.run.facts.get("logger_id")
         extra = {identity: known} if identity is not None and known is not None else {}
-        logger = make(save_dir=str(self.directory), prefix=prefix, **extra)
+        logger: Any = make(save_dir=str(self.directory), prefix=prefix, **extra)
         if identity is not None and known is None:
             _ = logger.experiment  # which makes the identity
             self.run.record(logger_id=logger.version)
         if known is None and not prefix:  # MLflow refuses others later
             logger.log_hyperparams(self.recipe.hyperparameters)
-        return logger
+        made: Logger = logger
+        return made
 
     def fit(
         self,

@@ -144,7 +144,8 @@ class WholeFiles(TorchCheckpointIO):
         write_files({Path(path): memory.getvalue()})
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return checkpoint
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from lowrank_pl import Cheapest, CostBudget, CostPenalty, FixedRank, Targets, compress, load_compressed, save_compressed
-from lowrank_pl.compression import make_plan
 from lowrank_pl.decompositions import SVD, SpatialSVD, TiledSVD, Tucker2, alternatives, chosen
 from lowrank_pl.layers import TiledLayer, spec_of
+from lowrank_pl.planning import make_plan
 from lowrank_pl.surgery import record
 
 EVERYTHING = Targets(skip_first=False, skip_last=False)

@@ -9,13 +9,19 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl import Targets, compress, load_compressed, save_compressed, summarize
-from lowrank_pl.compression import make_plan
-from lowrank_pl.decompositions import Constant, module_from_dict
+from lowrank_pl.decompositions import ZERO
 from lowrank_pl.extraction import extract
 from lowrank_pl.layers import ConstantLayer, spec_of
+from lowrank_pl.planning import make_plan
+from lowrank_pl.structures import Constant, Structure, layout_from_dict
 from lowrank_pl.surgery import record
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+
+def zero(layer):
+    """Its weight as rank 0."""
+    return Structure(Constant(spec_of(layer)), (0,), (layer.weight.new_empty(0),))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -23,7 +29,7 @@ def test_it_is_the_layer_without_its_weight(name):
     layer, x = make_layer(name)
     with torch.no_grad():
         layer.weight.zero_()
-    structure = Constant(spec_of(layer), (0,), layer.weight)
+    structure = zero(layer)
     constant = structure.to_module(layer.bias)
     inputs = [x] if isinstance(layer, nn.Linear) else [x, x[0]]  # unbatched too
     for each in inputs:
@@ -31,6 +37,7 @@ def test_it_is_the_layer_without_its_weight(name):
         assert actual.shape == expected.shape
         torch.testing.assert_close(actual, expected, atol=0, rtol=0)
     assert torch.equal(structure.reconstruct(), layer.weight)
+    assert structure.reconstruct().dtype == layer.weight.dtype
     assert structure.num_weights == structure.macs == 0
     with FlopCounterMode(display=False) as counter:
         constant(x)
@@ -39,20 +46,20 @@ def test_it_is_the_layer_without_its_weight(name):
 
 def test_it_can_be_written_to_trained_and_rebuilt():
     layer, x = make_layer("conv2d")
-    constant = Constant(spec_of(layer), (0,), layer.weight).to_module(layer.bias)
+    constant = zero(layer).to_module(layer.bias)
     y = nn.functional.relu(constant(x), inplace=True)
     y.sum().backward()
     assert torch.equal(constant.bias, layer.bias)
     positions = y.shape[0] * y.shape[2] * y.shape[3]
     assert torch.equal(constant.bias.grad, positions * (layer.bias > 0))
-    again = module_from_dict({"kind": "constant"}, spec_of(layer), bias=True)
+    again = layout_from_dict({"kind": "constant"}, spec_of(layer)).build(bias=True)
     again.load_state_dict(constant.state_dict())
     assert torch.equal(again(x), constant(x))
 
 
 def test_it_is_exported():
     layer, x = make_layer("conv2d", torch.float32)
-    constant = Constant(spec_of(layer), (0,), layer.weight).to_module(layer.bias).eval()
+    constant = zero(layer).to_module(layer.bias).eval()
     program = torch.export.export(constant, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     assert torch.equal(program.module()(x.repeat(3, 1, 1, 1)), constant(x.repeat(3, 1, 1, 1)))
 
@@ -64,7 +71,7 @@ def test_it_is_extracted_saved_loaded_and_counted(tmp_path):
     plan = make_plan(net, "svd", None, Targets(), trace)
     with torch.no_grad():
         net[2].weight.zero_()
-    small = extract(net, plan, plan.factor({"2": (0,)}), trace)
+    small = extract(net, plan, plan.factor({"2": ZERO}), {}, trace)
     assert isinstance(small[2], ConstantLayer)
     torch.testing.assert_close(small(x), net(x))
     save_compressed(small, tmp_path)

@@ -5,7 +5,8 @@ import torch
 from cases import LAYERS, make_layer
 from torch import nn
 
-from lowrank_pl.layers import as_operator, as_stored, build_with, spec_of
+from lowrank_pl.layers import as_operator, as_stored, spec_of
+from lowrank_pl.structures import Chain, Dense, Structure
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
@@ -28,21 +29,26 @@ def test_operator_entries(name):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-def test_build_with(name, dtype):
+def test_built_with_a_weight(name, dtype):
+    """From the stored weight, and from the operator."""
     layer, x = make_layer(name, dtype)
     spec = spec_of(layer)
-    for bias in {None, layer.bias}:
-        built = build_with(spec, as_operator(layer.weight, spec), bias)
-        assert type(built) is type(layer)
-        assert (built.bias is None) == (bias is None)
-        for parameter in built.parameters():
-            assert isinstance(parameter, nn.Parameter)
-            assert parameter.is_leaf
-            assert parameter.dtype == dtype
-            assert parameter.is_contiguous()
-    if layer.bias is not None:
-        built = build_with(spec, as_operator(layer.weight, spec), layer.bias)
-    assert torch.equal(built(x), layer(x))
-    with torch.no_grad():
-        built.weight.zero_()
-    assert layer.weight.count_nonzero()  # a copy
+    dense = Structure(Dense(spec), (), (layer.weight,))
+    chain = Structure(Chain(spec, (spec,)), (), (as_operator(layer.weight, spec),))
+    for build in (dense.to_module, lambda bias: chain.to_module(bias)[0]):
+        for bias in {None, layer.bias}:
+            built = build(bias)
+            assert type(built) is type(layer)
+            assert (built.bias is None) == (bias is None)
+            for parameter in built.parameters():
+                assert isinstance(parameter, nn.Parameter)
+                assert parameter.is_leaf
+                assert parameter.dtype == dtype
+                assert parameter.is_contiguous()
+        built = build(layer.bias)
+        assert torch.equal(built(x), layer(x))
+        with torch.no_grad():
+            for parameter in built.parameters():
+                parameter.zero_()
+        assert layer.weight.count_nonzero()  # a copy
+        assert layer.bias is None or layer.bias.count_nonzero()

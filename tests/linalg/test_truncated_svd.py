@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from lowrank_pl.linalg import (
+    decompose,
     leading_vectors,
-    shared_decompositions,
+    left_system,
     singular_energies,
     squared_norm,
     tail_energies,
-    truncated_svd,
 )
 
 
@@ -63,8 +63,9 @@ def problem(name, dtype):
 @each_matrix
 def test_residual_is_optimal(name, dtype):
     matrix, exact, singular, norm = problem(name, dtype)
+    system = decompose(matrix)
     for rank in range(1, singular.shape[-1] + 1):
-        left, right = truncated_svd(matrix, rank)
+        left, right = system.truncate(rank)
         assert left.dtype == right.dtype == torch.float64
         assert left.shape == (*matrix.shape[:-1], rank)
         assert right.shape == (*matrix.shape[:-2], rank, matrix.shape[-1])
@@ -77,7 +78,7 @@ def test_residual_is_optimal(name, dtype):
 @each_matrix
 def test_factors_are_balanced(name, dtype):
     matrix, _, singular, norm = problem(name, dtype)
-    left, right = truncated_svd(matrix, singular.shape[-1])
+    left, right = decompose(matrix).truncate(singular.shape[-1])
     columns, rows = np.linalg.norm(left.numpy(), axis=-2), np.linalg.norm(right.numpy(), axis=-1)
     np.testing.assert_allclose(columns, rows, rtol=1e-10, atol=1e-200)
     assert (np.abs(rows**2 - singular) <= ROUNDING[dtype] * norm[..., None]).all()
@@ -89,14 +90,36 @@ def test_energies(name, dtype):
     matrix, _, singular, norm = problem(name, dtype)
     tail = np.cumsum(singular[..., ::-1] ** 2, axis=-1)[..., ::-1]
     expected = np.append(tail, 0 * tail[..., :1], axis=-1)
-    tails, energies = tail_energies(matrix), singular_energies(matrix)
-    assert tails.dtype == energies.dtype == torch.float64
     error = 1e-14 * (norm**2)[..., None] * matrix.shape[-1]
-    assert (np.abs(energies.numpy() - singular**2) <= error).all()
-    assert (np.abs(tails.numpy() - expected) <= error).all()
-    assert (energies >= 0).all()
-    assert (tails.diff(dim=-1) <= 0).all()
-    assert (tails[..., -1] == 0).all()
+    system = decompose(matrix)
+    for energies in (system.energies, singular_energies(matrix), left_system(matrix)[0]):
+        tails = tail_energies(energies)
+        assert tails.dtype == energies.dtype == torch.float64
+        assert energies.shape == singular.shape
+        assert (np.abs(energies.numpy() - singular**2) <= error).all()
+        assert (np.abs(tails.numpy() - expected) <= error).all()
+        assert (energies >= 0).all()
+        assert (tails.diff(dim=-1) <= 0).all()
+        assert (tails[..., -1] == 0).all()
+    assert torch.equal(system.tails, tail_energies(system.energies))
+
+
+@each_dtype
+@each_matrix
+def test_vectors(name, dtype):
+    """Of the shorter side, and of the left one: orthonormal, and every first few of them keep the most."""
+    matrix, exact, singular, norm = problem(name, dtype)
+    slack = 1e-14 * matrix.shape[-1] * norm**2
+    short = exact if exact.shape[-2] <= exact.shape[-1] else np.swapaxes(exact, -2, -1)
+    for basis, wide in ((decompose(matrix).basis, short), (left_system(matrix)[1], exact)):
+        assert basis.dtype == torch.float64
+        vectors = basis.numpy()
+        assert vectors.shape == (*wide.shape[:-1], singular.shape[-1])
+        gram = np.swapaxes(vectors, -2, -1) @ vectors
+        np.testing.assert_allclose(gram, np.broadcast_to(np.eye(singular.shape[-1]), gram.shape), atol=1e-12)
+        kept = np.square(np.swapaxes(vectors, -2, -1) @ wide).sum(-1)
+        for rank in range(1, singular.shape[-1] + 1):
+            assert (kept[..., :rank].sum(-1) >= np.square(singular[..., :rank]).sum(-1) - slack).all()
 
 
 @each_dtype
@@ -116,16 +139,17 @@ def test_leading_vectors(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype):
     matrix = torch.tensor(RANDOM, dtype=dtype)
-    for half, single in zip(truncated_svd(matrix, 3), truncated_svd(matrix.float(), 3), strict=True):
+    systems = decompose(matrix), decompose(matrix.float())
+    for half, single in zip(*(system.truncate(3) for system in systems), strict=True):
         assert torch.equal(half, single)
-    assert torch.equal(tail_energies(matrix), tail_energies(matrix.float()))
+    assert torch.equal(systems[0].tails, systems[1].tails)
 
 
 def test_strides_do_not_matter():
     matrix = torch.tensor(RANDOM, dtype=torch.float32)
     strided = torch.zeros(18, 28)
     strided[::2, ::2] = matrix
-    for a, b in zip(truncated_svd(strided[::2, ::2], 4), truncated_svd(matrix, 4), strict=True):
+    for a, b in zip(*(decompose(x).truncate(4) for x in (strided[::2, ::2], matrix)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -133,8 +157,8 @@ def test_strides_do_not_matter():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
     "function",
-    [tail_energies, singular_energies, lambda a: truncated_svd(a, 2), lambda a: leading_vectors(a, 2)],
-    ids=["tail_energies", "singular_energies", "truncated_svd", "leading_vectors"],
+    [decompose, singular_energies, left_system, lambda a: leading_vectors(a, 2)],
+    ids=["decompose", "singular_energies", "left_system", "leading_vectors"],
 )
 def test_not_finite(function, bad, dtype):
     matrix = torch.tensor(MATRICES["batch"], dtype=dtype)
@@ -146,7 +170,7 @@ def test_not_finite(function, bad, dtype):
 @pytest.mark.parametrize("rank", [-1, 0, 7])
 def test_bad_rank(rank):
     with pytest.raises(ValueError, match=rf"\[1, 6\] but got {rank}"):
-        truncated_svd(torch.ones(6, 9), rank)
+        decompose(torch.ones(6, 9)).truncate(rank)
 
 
 def fail_once(function, failures):
@@ -172,7 +196,8 @@ def test_fallbacks(name, dtype, broken_svd, monkeypatch):
     svd, svd_failures, eigh_failures = torch.linalg.svd, [], []
     for name_of in ("eigh", "eigvalsh"):
         monkeypatch.setattr(torch.linalg, name_of, lambda *args, **options: eigh_failures.append(1) or fail())
-    for check in (test_residual_is_optimal, test_energies, test_leading_vectors, test_factors_are_balanced):
+    checks = test_residual_is_optimal, test_energies, test_vectors, test_leading_vectors, test_factors_are_balanced
+    for check in checks:
         if broken_svd:
             svd_failures.clear()
             monkeypatch.setattr(torch.linalg, "svd", fail_once(svd, svd_failures))
@@ -181,21 +206,26 @@ def test_fallbacks(name, dtype, broken_svd, monkeypatch):
     assert bool(eigh_failures) == (dtype == torch.float32)
 
 
-def test_a_shared_decomposition_is_made_once_and_is_the_same(monkeypatch):
-    matrix = torch.randn(300, 500, generator=torch.Generator().manual_seed(0))
-    expected = tail_energies(matrix), truncated_svd(matrix, 7)
-    eigh, calls = torch.linalg.eigh, []
-    monkeypatch.setattr(torch.linalg, "eigh", lambda *args, **options: calls.append(1) or eigh(*args, **options))
-    with shared_decompositions():
-        tails, factors = tail_energies(matrix), truncated_svd(matrix, 7)
-        truncated_svd(matrix, 9)
-        assert len(calls) == 1
-        truncated_svd(matrix.clone(), 9)  # another matrix
-        assert len(calls) == 2
-    truncated_svd(matrix, 7)
-    assert len(calls) == 3
-    torch.testing.assert_close(tails, expected[0], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(factors[0] @ factors[1], expected[1][0] @ expected[1][1])
+@each_dtype
+def test_one_decomposition_gives_the_spectrum_and_every_truncation(dtype, monkeypatch):
+    matrix = torch.randn(300, 500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    calls = []
+    for name in ("eigh", "eigvalsh", "svd", "svdvals"):
+        original = getattr(torch.linalg, name)
+        monkeypatch.setattr(
+            torch.linalg, name, lambda *args, own=original, **options: calls.append(1) or own(*args, **options)
+        )
+    system = decompose(matrix)
+    tails, factors = system.tails, {rank: system.truncate(rank) for rank in (7, 9, 300)}
+    assert len(calls) == 1
+    decompose(matrix)  # nothing is kept anywhere else
+    assert len(calls) == 2
+    left, singular, right = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    expected = [(singular[rank:] ** 2).sum() for rank in range(301)]
+    np.testing.assert_allclose(tails.numpy(), expected, atol=1e-9 * expected[0])
+    for rank, (a, b) in factors.items():
+        best = (left[:, :rank] * singular[:rank]) @ right[:rank]
+        np.testing.assert_allclose((a @ b).numpy(), best, atol=1e-9 * singular[0])
 
 
 def test_squared_norm():

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from nets import PROJECTIONS, Module, Net, Weights, bare_loop, distance, images, loader, quiet_trainer, sgd, weights
 
 from lowrank_pl import SVD, BlockSVD, CompressionRatio, DeepTwist, FixedRank, TiledSVD, make_plan
+from lowrank_pl.decompositions import Choice
 from lowrank_pl.methods import distort_, is_due
+from lowrank_pl.structures import Chain, Dense
 
 METHODS = [SVD(), BlockSVD(4), TiledSVD(8), "spatial_svd", "tucker2"]
 
@@ -58,7 +60,9 @@ def test_what_a_distortion_says():
     before = copy.deepcopy(net)
     plan = make_plan(net, "svd", {"conv2": FixedRank(2), "*": FixedRank(1000)})
     distortion = distort_(plan)
-    assert distortion.ranks == {"conv2": (2,), "fc1": (16,)}
+    assert distortion.choices == {"conv2": Choice(SVD(), (2,)), "fc1": Choice(SVD(), (16,))}
+    assert isinstance(distortion.structures["conv2"].layout, Chain)
+    assert isinstance(distortion.structures["fc1"].layout, Dense)
     weight = before.conv2.weight.detach()
     expected = PROJECTIONS["svd"](weight, 2)
     assert torch.allclose(net.conv2.weight.double(), expected, atol=1e-6)
@@ -70,7 +74,10 @@ def test_what_a_distortion_says():
 
 def test_given_ranks_are_taken():
     plan = make_plan(Net(), "svd", CompressionRatio(2.0))
-    assert distort_(plan, {"conv2": (1,), "fc1": (3,)}).ranks == {"conv2": (1,), "fc1": (3,)}
+    given = {"conv2": Choice(SVD(), (1,)), "fc1": Choice(SVD(), (3,))}
+    distortion = distort_(plan, given)
+    assert distortion.choices == given
+    assert {name: structure.rank for name, structure in distortion.structures.items()} == {"conv2": (1,), "fc1": (3,)}
 
 
 def test_nothing_is_written_unless_all_can_be():
@@ -78,7 +85,7 @@ def test_nothing_is_written_unless_all_can_be():
     plan = make_plan(net, "svd", FixedRank(2))
     before = weights(net)
     with pytest.raises(ValueError, match="fc1"):
-        distort_(plan, {"conv2": (2,), "fc1": (-1,)})
+        distort_(plan, {"conv2": Choice(SVD(), (2,)), "fc1": Choice(SVD(), (-1,))})
     assert distance(before, weights(net)) == 0
     with torch.no_grad():
         net.fc1.weight[3, 3] = float("inf")

@@ -8,10 +8,10 @@ import torch
 from nets import Net, svd
 from torch import nn
 
-from lowrank_pl.compression import make_plan
 from lowrank_pl.costs import Macs, Params
 from lowrank_pl.decompositions import SVD, BlockSVD, Chain, Cheapest, SpatialSVD, TiledSVD, Tucker2
 from lowrank_pl.methods import LCState, add_penalty_gradients_, c_step, least_mu
+from lowrank_pl.planning import make_plan
 from lowrank_pl.ranks import CostBudget, CostPenalty
 from lowrank_pl.surgery import record
 

@@ -9,7 +9,6 @@ import torch
 import torchvision
 from torch import nn
 
-from lowrank_pl.compression import make_plan
 from lowrank_pl.costs import Macs, Params
 from lowrank_pl.decompositions import (
     SVD,
@@ -24,6 +23,7 @@ from lowrank_pl.decompositions import (
 )
 from lowrank_pl.layers import spec_of
 from lowrank_pl.models import VGG, CifarResNet, LeNet5, LeNet300
+from lowrank_pl.planning import make_plan
 from lowrank_pl.ranks import CostBudget, CostPenalty, GreedyEnergy, RankProblem
 from lowrank_pl.surgery import record
 from lowrank_pl.targets import Targets

@@ -1,0 +1,99 @@
+"""Which layers of a network take part, with which structures and which rule for their rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias, TypeVar
+
+from torch import nn
+
+from lowrank_pl.compression import Compression, Plan
+from lowrank_pl.decompositions import Candidates, Decomposition
+from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers import spec_of
+from lowrank_pl.names import resolve
+from lowrank_pl.ranks import CompressionRatio, RankRule
+from lowrank_pl.surgery import Trace, find_layers, obstacles
+from lowrank_pl.targets import Targets, check_patterns, matches
+
+MethodChoice: TypeAlias = str | Candidates | Mapping[str, str | Candidates]
+RankChoice: TypeAlias = str | RankRule | Mapping[str, str | RankRule]
+
+T = TypeVar("T")
+
+DEFAULT_RANK = CompressionRatio(2.0)
+
+
+def make_plan(
+    model: nn.Module,
+    method: MethodChoice = "tiled_svd",
+    rank: RankChoice | None = None,
+    targets: Targets | None = None,
+    trace: Trace | None = None,
+    training: bool = False,
+) -> Plan:
+    """Decide for every linear layer and convolution whether it takes part, and how.
+
+    `method` and `rank` are a choice or a mapping from name patterns to choices, of which the first match wins. With a
+    trace, layers that never ran stay dense; with `training`, frozen ones do. Raises `ValueError` for a pattern that
+    matches no layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected argument `model` to be a module but got {model!r:.100}")
+    if not isinstance(targets, (Targets, type(None))):
+        raise TypeError(f"Expected argument `targets` to be Targets(include=[...], ...) but got {targets!r:.100}")
+    methods = resolve(method, Candidates, "method")  # type: ignore[type-abstract]
+    rules = resolve(DEFAULT_RANK if rank is None else rank, RankRule, "rank")  # type: ignore[type-abstract]
+    layers = find_layers(model)
+    dense = (targets or Targets()).left_out(model, trace)
+    check_patterns(methods, layers, "method")
+    check_patterns(rules, layers, "rank")
+    found = obstacles(model)
+    inputs = trace.all_inputs() if trace else {}
+    specs: dict[str, LayerSpec] = {}
+    compressions = []
+    for name, module in layers.items():
+        reason = found.get(module)
+        if reason and reason.startswith("lazy"):
+            specs[name], dense[name] = LayerSpec("linear", 0, 0), reason
+            continue
+        specs[name] = spec = spec_of(module).with_(inputs=inputs.get(name, ()))
+        reason = reason or _idle(name, trace) or dense.get(name) or _frozen(module, training)
+        own, rule = _first_match(methods, name), _first_match(rules, name)
+        reason = reason or _mismatch(name, spec, own, rule)
+        if reason is None and own is not None and rule is not None:
+            compressions.append(Compression(name, module, spec, own, rule))
+        else:
+            dense[name] = str(reason)
+    return Plan(compressions, dense, specs)
+
+
+def _mismatch(name: str, layer: LayerSpec, method: Candidates | None, rule: RankRule | None) -> str | None:
+    """Why what was given for a layer leaves it dense. Raises `ValueError` for a rule that cannot choose."""
+    if method is None:
+        return "no pattern in `method` matches it"
+    if rule is None:
+        return "no pattern in `rank` matches it"
+    reason = method.unsupported(layer)
+    if reason:
+        return f"{type(method).__name__} {reason}"
+    if not isinstance(method, Decomposition) and not rule.compares:
+        raise ValueError(
+            f"Layer {name!r}: {type(method).__name__} chooses among structures by their cost, which "
+            f"{type(rule).__name__} does not weigh: expected a `rank` such as CostPenalty or CostBudget"
+        )
+    return None
+
+
+def _first_match(choices: Mapping[str, T], name: str) -> T | None:
+    return next((choice for pattern, choice in choices.items() if matches(name, [pattern])), None)
+
+
+def _idle(name: str, trace: Trace | None) -> str | None:
+    if trace is None:
+        return None
+    return trace.odd.get(name) or (None if name in trace.calls else "never called: another module reads its weight")
+
+
+def _frozen(module: nn.Module, training: bool) -> str | None:
+    return "frozen: requires_grad is False" if training and not module.weight.requires_grad else None
