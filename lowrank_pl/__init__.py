@@ -4,10 +4,31 @@ Names are imported when first used, so that the command line starts without PyTo
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers; below the same by name
+    from lowrank_pl.callbacks import DeepTwist, ExtractStructure, LearningCompression, LStep
+    from lowrank_pl.costs import Latency, Macs, Params
+    from lowrank_pl.decompositions import SVD, BlockSVD, Cheapest, SpatialSVD, TiledSVD, Tucker2
+    from lowrank_pl.extraction import compress
+    from lowrank_pl.planning import make_plan
+    from lowrank_pl.ranks import (
+        EVBMF,
+        CompressionRatio,
+        CostBudget,
+        CostPenalty,
+        EnergyThreshold,
+        FixedRank,
+        GreedyEnergy,
+        MultipleOf,
+        RankFraction,
+    )
+    from lowrank_pl.report import Report, summarize
+    from lowrank_pl.storage import load_compressed, save_compressed
+    from lowrank_pl.targets import Targets
 
 _HOMES = {
-    "lowrank_pl.callbacks": ("DeepTwist", "ExtractStructure", "LearningCompression"),
+    "lowrank_pl.callbacks": ("DeepTwist", "ExtractStructure", "LearningCompression", "LStep"),
     "lowrank_pl.planning": ("make_plan",),
     "lowrank_pl.extraction": ("compress",),
     "lowrank_pl.storage": ("load_compressed", "save_compressed"),
@@ -43,6 +64,7 @@ __all__ = [
     "ExtractStructure",
     "FixedRank",
     "GreedyEnergy",
+    "LStep",
     "Latency",
     "LearningCompression",
     "Macs",
@@ -63,10 +85,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'lowrank_pl' has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+if not TYPE_CHECKING:  # which would take every name for one of this package's
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME_OF:
+            raise AttributeError(f"module 'lowrank_pl' has no attribute {name!r}")
+        return getattr(import_module(_HOME_OF[name]), name)
 
 
 def __dir__() -> list[str]:

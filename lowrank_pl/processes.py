@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
@@ -35,12 +36,21 @@ def from_first(make: Callable[[], T]) -> T:
         try:
             outcome[0] = make()
         except Exception as error:  # of any kind: the others wait, and must hear of it
-            outcome[1] = error
+            outcome[1] = _sendable(error)
     dist.broadcast_object_list(outcome, src=0)
     value, problem = outcome
     if problem is not None:
         raise problem
     return cast(T, value)
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or, where it does not survive pickling, one with its words: the others would wait for ever."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # of any kind: what a class of somebody else does
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @torch.no_grad()

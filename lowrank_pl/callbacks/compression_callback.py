@@ -66,7 +66,7 @@ class CompressionCallback(pl.Callback, ABC):
 
     @abstractmethod
     def planned(self, trainer: pl.Trainer, plan: Plan) -> None:
-        """The plan has been made, for the first time since setup."""
+        """The plan has been made, for the first time since setup or with other targets than before."""
 
     @property
     def trace(self) -> Trace | None:
@@ -108,7 +108,8 @@ class CompressionCallback(pl.Callback, ABC):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.finish_listening(trainer, pl_module)
-        self.after_step(trainer, pl_module, batch, batch_idx)
+        if self.trace is not None:  # else `training_step` has skipped every batch
+            self.after_step(trainer, pl_module, batch, batch_idx)
 
     def finish_listening(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first batch has run: make the plan."""
@@ -131,7 +132,7 @@ class CompressionCallback(pl.Callback, ABC):
         return self.plan
 
     def _make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        known = self.plan is not None
+        before = None if self.plan is None else [c.name for c in self.plan.compressions]
         self.plan = make_plan(pl_module, self.method, self.rank, self.targets, self.trace, training=True)
         for c in self.plan.compressions:
             if c.parameter.dtype not in (torch.float32, torch.float64):
@@ -139,7 +140,7 @@ class CompressionCallback(pl.Callback, ABC):
                     f"Layer {c.name!r}: expected float32 weights but got {c.parameter.dtype}, which rounds "
                     "the low rank away; train in mixed precision instead"
                 )
-        if not known:
+        if before != [c.name for c in self.plan.compressions]:
             self.planned(trainer, self.plan)
 
     # -- projected weights in place of training weights ------------------------------------------------------------

@@ -75,6 +75,8 @@ class DeepTwist(CompressionCallback):
             self._show(trainer, plan)
         elif all(c.rule.sees_shapes_alone for c in plan.compressions):
             self._choose(trainer, plan, plan.problems())
+        elif self.choices is not None and self.choices.keys() != {c.name for c in plan.compressions}:
+            self.choices = None  # those of other layers
 
     def project(self, trainer: pl.Trainer, plan: Plan, occasion: Occasion) -> Distortion:
         problems, choices = plan.problems(), self.choices
@@ -123,10 +125,15 @@ class DeepTwist(CompressionCallback):
 
 
 def _restored(plan: Plan, ranks: Mapping[str, list[int]]) -> dict[str, Choice]:
+    choices = {}
     for c in plan.compressions:
         if c.name not in ranks:
             raise ValueError(
                 f"Layer {c.name!r} takes part now but did not when the checkpoint was written: expected the same "
                 "network, method and targets"
             )
-    return {c.name: c.from_list(ranks[c.name]) for c in plan.compressions}
+        choices[c.name] = choice = c.from_list(ranks[c.name])
+        if choice.decomposition is not None:
+            with c.problem().named():  # of another method, perhaps
+                choice.decomposition.check_rank(c.layer, choice.rank)
+    return choices

@@ -58,7 +58,7 @@ class LearningCompression(CompressionCallback):
     `unpenalized` counts such layers.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the problem, the schedule, the L step, and when to end
         self,
         lambda_: float | None = None,
         budget: CostBudget | None = None,

@@ -22,10 +22,13 @@ class Listener:
             self._recorder = Recorder(module)
 
     def stop(self) -> bool:
-        """Whether something was heard; it is in `trace`."""
+        """Whether something was heard; it is in `trace`. A batch that ran no layer was skipped: the next one counts."""
         if self._recorder is None:
             return False
-        self.trace, self._recorder = self._recorder.stop(), None
+        heard, self._recorder = self._recorder.stop(), None
+        if not heard.calls and not heard.odd:
+            return False
+        self.trace = heard
         return True
 
     def give_up(self) -> None:

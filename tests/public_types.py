@@ -1,0 +1,38 @@
+"""What type checkers say of the public names. Not run: `mypy` reads it, and fails where an error below is none."""
+
+import torch
+from torch import nn
+
+from lowrank_pl import (
+    EVBMF,
+    Cheapest,
+    CompressionRatio,
+    CostBudget,
+    DeepTwist,
+    GreedyEnergy,
+    LearningCompression,
+    LStep,
+    Macs,
+    MultipleOf,
+    Report,
+    Targets,
+    compress,
+    summarize,
+)
+
+DeepTwist(S_D=200, method="tiled_svd", rank=CompressionRatio(4.0))
+DeepTwist(200, {"conv*": "svd", "*": Cheapest("svd", "tucker2")}, {"*": EVBMF()}, Targets(exclude=["fc"]))
+LearningCompression(lambda_=1e-3, l_step_epochs=1, clear_momentum=True)
+LearningCompression(budget=CostBudget("macs", 0.5), l_step=LStep(epochs=2), cost=Macs())
+LearningCompression(lambda_=1e-3, cost=lambda layer: float(layer.num_weights), l_step_steps=10)
+MultipleOf("evbmf", 8)
+GreedyEnergy(Macs(), 0.5)
+small: nn.Module = compress(nn.Linear(3, 3), method="svd")
+report: Report = summarize(nn.Linear(3, 3), small, torch.randn(1, 3))
+
+DeepTwist(mthod="svd")  # type: ignore[call-arg]
+DeepTwist(S_D="no")  # type: ignore[arg-type]
+DeepTwist(rank=3)  # type: ignore[arg-type]
+LearningCompression(lambda_=1e-3, l_step_epoch=1)  # type: ignore[call-arg]
+CompressionRatio("4")  # type: ignore[arg-type]
+compress(nn.Linear(3, 3), targets="fc")  # type: ignore[arg-type]
