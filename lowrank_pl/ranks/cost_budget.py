@@ -6,24 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-import numpy as np
-
 from lowrank_pl.costs import resolve_cost
 from lowrank_pl.decompositions import Rank
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem, RankRule
 from lowrank_pl.ranks.cost_penalty import MILLION
-from lowrank_pl.ranks.enumeration import Enumeration, enumerate_ranks, total_cost
+from lowrank_pl.ranks.enumeration import enumerate_ranks, total_cost
+from lowrank_pl.ranks.knapsack import fill, improve, spent
 
 
 @final
 @dataclass(frozen=True)
 class CostBudget(RankRule):
-    """`CostPenalty` with the lambda at which the whole network costs at most `ratio` of the dense one.
+    """The ranks with the least error among those with which the whole network costs at most `ratio` of the dense one.
 
     All linear layers and convolutions count, also those that are not compressed (or that another rule of a mapping
-    decides, as dense). lambda is found by bisection; what it leaves of the budget goes to the ranks that gain most by
-    it, until no single rank can grow. Raises `ValueError` with the least reachable ratio for a budget below it.
+    decides, as dense). The error is the sum over layers of `||W - W_r||_F^2 / cost_weight`, so that a `CostPenalty`
+    with the right lambda would choose the same ranks where it meets the budget exactly. That lambda is found by
+    bisection; what it leaves of the budget goes to the ranks that gain most by it, until no single rank can grow; and
+    where more than a thousandth of the error could still be won, ranks are exchanged between layers. Raises
+    `ValueError` with the least reachable ratio for a budget below it.
     """
 
     cost: Any = "macs"
@@ -46,24 +48,33 @@ class CostBudget(RankRule):
         self, problems: Sequence[RankProblem], error_weight: float, others: Sequence[LayerSpec]
     ) -> tuple[list[Rank], float]:
         """The ranks, and the lambda per million units of cost that they belong to."""
-        layers = [enumerate_ranks(problem, self.cost) for problem in problems]
-        weights = [problem.cost_weight for problem in problems]
-        dense, least = (float(sum(each.costs[i] for each in layers)) for i in (-1, 0))
+        # by name, so that the order of the layers does not decide between equal choices
+        order = sorted(range(len(problems)), key=lambda k: problems[k].name)
+        layers = [enumerate_ranks(problems[k], self.cost) for k in order]
+        costs = [each.costs for each in layers]
+        weights = [problems[k].cost_weight for k in order]
+        dense, least = (float(sum(cost[i] for cost in costs)) for i in (-1, 0))
         budget = left_for(dense, least, total_cost(others, self.cost), self.ratio)
 
         def at(lambda_: float) -> list[int]:
             return [each.best(lambda_ * w, error_weight) for each, w in zip(layers, weights, strict=True)]
 
         low, high = 0.0, 0.0
-        if _spent(layers, at(0.0)) > budget:
+        if spent(costs, at(0.0)) > budget:
             high = 1e-30
-            while _spent(layers, at(high)) > budget:
+            while spent(costs, at(high)) > budget:
                 low, high = high, high * 10
             for _ in range(60):
                 middle = (low + high) / 2
-                low, high = (middle, high) if _spent(layers, at(middle)) > budget else (low, middle)
-        places = _spend_the_rest([p.name for p in problems], layers, weights, at(high), budget)
-        return [each.ranks[i] for each, i in zip(layers, places, strict=True)], high * MILLION
+                low, high = (middle, high) if spent(costs, at(middle)) > budget else (low, middle)
+        # a layer that was all zeros at the start of learning-compression has the weight 0: it comes first then
+        smallest = max(weights, default=0.0) * 1e-12 or 1.0
+        losses = [each.errors / max(w, smallest) for each, w in zip(layers, weights, strict=True)]
+        places = fill(costs, losses, at(high), budget)
+        better = improve(costs, losses, places, budget, high / error_weight)
+        places = fill(costs, losses, better, budget)
+        ranks = {k: each.ranks[i] for k, each, i in zip(order, layers, places, strict=True)}
+        return [ranks[k] for k in range(len(problems))], high * MILLION
 
 
 def check_ratio(ratio: Any) -> None:
@@ -82,28 +93,3 @@ def left_for(dense: float, least: float, others: float, ratio: float) -> float:
             f"{(least + others) / total:.4f} of it. Ask for more, or compress more layers"
         )
     return ratio * total - others
-
-
-def _spent(layers: Sequence[Enumeration], places: Sequence[int]) -> float:
-    return float(sum(each.costs[i] for each, i in zip(layers, places, strict=True)))
-
-
-def _spend_the_rest(
-    names: Sequence[str], layers: Sequence[Enumeration], weights: Sequence[float], places: Sequence[int], budget: float
-) -> list[int]:
-    """Raise one rank after another, the one with the most error saved per cost first, while one can be raised."""
-    chosen = list(places)
-    while True:
-        rest = budget - _spent(layers, chosen)
-        moves = []
-        for k, (each, weight) in enumerate(zip(layers, weights, strict=True)):
-            here = chosen[k]
-            saved, more = each.errors[here] - each.errors, each.costs - each.costs[here]
-            possible = np.flatnonzero((more > 0) & (more <= rest) & (saved > 0))
-            if len(possible):
-                gains = saved[possible] / more[possible] / weight
-                moves.append((float(gains.max()), names[k], k, int(possible[gains.argmax()])))
-        if not moves:
-            return chosen
-        *_, k, place = max(moves)
-        chosen[k] = place
