@@ -69,7 +69,7 @@ def improve(
     least = [float(total.min()) for total in totals]
     goal = value * (1 - TOLERANCE)
     slack = goal - (sum(least) - price * budget)
-    if slack <= 0:
+    if value <= 0 or slack <= 0:
         return list(places)
     items = [
         _frontier(cost, loss, np.flatnonzero(total - low <= slack))
