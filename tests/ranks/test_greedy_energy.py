@@ -141,11 +141,14 @@ def test_a_budget_just_reachable_and_one_that_asks_for_nothing():
 
 
 def test_a_layer_that_no_rank_makes_cheaper_stays_dense():
-    layer = nn.Linear(2, 2).double()
-    small = RankProblem("small", spec_of(layer), SVD(), layer.weight.detach())
-    ranks = GreedyEnergy("params", 0.3)([small, *three_layers(SVD())])
-    assert ranks[0] == (2,)
-    assert ranks[1:] != [(12,), (12,), (12,)]
+    """Its factors would have 41 weights; what counts are the 40 that it has."""
+    layer = nn.Linear(1, 40).double()
+    problems = [RankProblem("thin", spec_of(layer), SVD(), layer.weight.detach()), *three_layers(SVD())]
+    dense = sum(problem.layer.num_weights for problem in problems)
+    least = 40 + sum(problem.num_weights((1,)) for problem in problems[1:])
+    assert GreedyEnergy("params", least / dense)(problems) == [(1,), (1,), (1,), (1,)]
+    ranks = GreedyEnergy("params", 0.6)(problems)
+    assert ranks[1:] == naive(problems[1:], count_weights, 0.6 * dense - 40)
 
 
 def shortage(net, shape, ratio, method="svd", cost="macs"):
