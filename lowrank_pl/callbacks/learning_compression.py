@@ -40,6 +40,8 @@ class LearningCompression(CompressionCallback):
         l_step_epochs, l_step_steps: the length of an L step in epochs, or in optimizer steps.
         normalize: multiply lambda by each layer's `||W||^2` at the start (the authors' code, for all but LeNet300).
         penalty: `"augmented"`, or `"quadratic"`: without multipliers.
+        most: the largest ranks, R_k in their equation 1: an int, or a mapping from name patterns to ints. A layer with
+            a cap below its full rank may not stay dense. To a budget, caps are given with it: `CostBudget(most=...)`.
         targets: which layers; default `Targets()`, all but the first convolution and the last linear layer.
         patience, tolerance: also end when no rank has changed for so many C steps and `||W - Theta|| / ||W||` is below.
         clear_momentum: every L step starts with the optimizer's state empty.
@@ -75,6 +77,7 @@ class LearningCompression(CompressionCallback):
         lr_decay: float = 1.0,
         evaluate_distorted: bool = True,
         recalibrate_bn: int = 0,
+        most: Any = None,
     ) -> None:
         if (lambda_ is None) == (budget is None):
             raise ValueError("Expected exactly one of the arguments `lambda_` and `budget`")
@@ -84,6 +87,10 @@ class LearningCompression(CompressionCallback):
             raise TypeError(
                 f"Expected argument `budget` to be a CostBudget such as CostBudget('macs', 0.5), not {budget!r}"
             )
+        if budget is not None and most is not None:
+            raise ValueError(
+                "Expected argument `most` beside `lambda_` only: a budget has its own, CostBudget(most=...)"
+            )
         if penalty not in ("augmented", "quadratic"):
             raise ValueError(f"Expected argument `penalty` to be 'augmented' or 'quadratic' but got {penalty!r}")
         counts = {"steps": steps, "patience": patience, "l_step_epochs": l_step_epochs, "l_step_steps": l_step_steps}
@@ -91,7 +98,7 @@ class LearningCompression(CompressionCallback):
             _check_count(name, count)
         for name, value, above in (("mu0", mu0, 0.0), ("growth", growth, 1.0), ("lr_decay", lr_decay, 0.0)):
             _check_number(name, value, above)
-        self.rule = CostPenalty(lambda_, cost) if budget is None else budget  # type: ignore[arg-type]
+        self.rule = CostPenalty(lambda_, cost, most) if budget is None else budget  # type: ignore[arg-type]
         super().__init__(method, self.rule, targets, evaluate_distorted, recalibrate_bn)
         self.mu0, self.growth, self.steps = mu0, growth, steps
         self.l_step_epochs, self.l_step_steps = l_step_epochs, l_step_steps

@@ -26,6 +26,7 @@ from lowrank_pl.compression import Compression, Plan
 from lowrank_pl.decompositions import Constant, Dense, Rank, Structure
 from lowrank_pl.linalg import shared_decompositions, squared_norm
 from lowrank_pl.ranks import CostBudget, CostPenalty, RankProblem, enumerate_ranks
+from lowrank_pl.ranks.caps import cap_of
 from lowrank_pl.ranks.cost_penalty import MILLION
 
 T = TypeVar("T")
@@ -219,7 +220,8 @@ def least_mu(
     """Above which mu the first C step leaves at least one layer, and every layer, with a rank above 0."""
     thresholds = []
     for c in plan.compressions:
-        problem = RankProblem(c.name, c.layer, c.decomposition, c.weight, scales[c.name], least=0)
+        cap = cap_of(c.name, rule.most)
+        problem = RankProblem(c.name, c.layer, c.decomposition, c.weight, scales[c.name], least=0, most=cap)
         choices = enumerate_ranks(problem, rule.cost)
         saved = choices.errors[0] - choices.errors[1:]
         price = rule.lambda_ / MILLION * scales[c.name]

@@ -18,7 +18,7 @@ class RankProblem:
     """One layer whose rank is to be chosen: which structure, and the weight that it shall approximate.
 
     `cost_weight` multiplies the layer's cost where a rule weighs it against errors. `least` is the smallest rank
-    allowed, 1, or 0 in learning-compression.
+    allowed, 1, or 0 in learning-compression; `most` the largest that any entry of it may have, where there is a cap.
     """
 
     name: str
@@ -27,6 +27,7 @@ class RankProblem:
     weight: Tensor
     cost_weight: float = 1.0
     least: int = 1
+    most: int | None = None
 
     @cached_property
     def full(self) -> Rank:

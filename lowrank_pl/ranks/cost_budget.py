@@ -10,6 +10,7 @@ from lowrank_pl.costs import resolve_cost
 from lowrank_pl.decompositions import Rank
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem, RankRule
+from lowrank_pl.ranks.caps import capped, check_caps
 from lowrank_pl.ranks.cost_penalty import MILLION
 from lowrank_pl.ranks.enumeration import enumerate_ranks, total_cost
 from lowrank_pl.ranks.knapsack import fill, improve, spent
@@ -24,16 +25,18 @@ class CostBudget(RankRule):
     decides, as dense). The error is the sum over layers of `||W - W_r||_F^2 / cost_weight`, so that a `CostPenalty`
     with the right lambda would choose the same ranks where it meets the budget exactly. That lambda is found by
     bisection; what it leaves of the budget goes to the ranks that gain most by it, until no single rank can grow; and
-    where more than a thousandth of the error could still be won, ranks are exchanged between layers. Raises
-    `ValueError` with the least reachable ratio for a budget below it.
+    where more than a thousandth of the error could still be won, ranks are exchanged between layers. `most` caps ranks
+    as in `CostPenalty`. Raises `ValueError` with the least reachable ratio for a budget below it.
     """
 
     cost: Any = "macs"
     ratio: float = 0.5
+    most: Any = None
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         object.__setattr__(self, "cost", resolve_cost(self.cost))
+        object.__setattr__(self, "most", check_caps(self.most))
 
     @property
     def compares(self) -> bool:
@@ -48,12 +51,14 @@ class CostBudget(RankRule):
         self, problems: Sequence[RankProblem], error_weight: float, others: Sequence[LayerSpec]
     ) -> tuple[list[Rank], float]:
         """The ranks, and the lambda per million units of cost that they belong to."""
+        problems = capped(problems, self.most)
         # by name, so that the order of the layers does not decide between equal choices
         order = sorted(range(len(problems)), key=lambda k: problems[k].name)
         layers = [enumerate_ranks(problems[k], self.cost) for k in order]
         costs = [each.costs for each in layers]
         weights = [problems[k].cost_weight for k in order]
-        dense, least = (float(sum(cost[i] for cost in costs)) for i in (-1, 0))
+        dense = total_cost([problem.layer for problem in problems], self.cost)
+        least = float(sum(cost[0] for cost in costs))
         budget = left_for(dense, least, total_cost(others, self.cost), self.ratio)
 
         def at(lambda_: float) -> list[int]:

@@ -10,6 +10,7 @@ from lowrank_pl.costs import resolve_cost
 from lowrank_pl.decompositions import Rank
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem, RankRule
+from lowrank_pl.ranks.caps import capped, check_caps
 from lowrank_pl.ranks.enumeration import enumerate_ranks
 
 MILLION = 1e6
@@ -22,15 +23,21 @@ class CostPenalty(RankRule):
 
     lambda is per million units of cost, as in the paper: of weights (`"params"`), of multiply-adds (`"macs"`), or of
     nanoseconds (`"latency"`).
+
+    `most` caps ranks: the R_k of their equation 1, an int for all layers or a mapping from name patterns to ints, of
+    which the first that matches wins. A cap holds for every entry of a rank. A layer with a cap below its full rank may
+    not stay dense: the constraint is on the rank of its weight.
     """
 
     lambda_: float
     cost: Any = "macs"
+    most: Any = None
 
     def __post_init__(self) -> None:
         if isinstance(self.lambda_, bool) or not isinstance(self.lambda_, (int, float)) or not self.lambda_ >= 0:
             raise ValueError(f"Expected argument `lambda_` to be a number of at least 0 but got {self.lambda_!r}")
         object.__setattr__(self, "cost", resolve_cost(self.cost))
+        object.__setattr__(self, "most", check_caps(self.most))
 
     @property
     def compares(self) -> bool:
@@ -40,7 +47,7 @@ class CostPenalty(RankRule):
         self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
     ) -> list[Rank]:
         ranks = []
-        for problem in problems:
+        for problem in capped(problems, self.most):
             choices = enumerate_ranks(problem, self.cost)
             ranks.append(choices.ranks[choices.best(self.lambda_ / MILLION * problem.cost_weight, error_weight)])
         return ranks

@@ -24,7 +24,7 @@ VALUES_PER_ENTRY = 64
 @dataclass(frozen=True, eq=False)
 class Enumeration:
     """`ranks` by growing cost, the smaller of two ranks of the same cost first; `costs` and squared `errors` beside
-    them. The last is the full rank, which stands for the dense layer."""
+    them. The last is the full rank, which stands for the dense layer, unless a cap excludes it."""
 
     ranks: list[Rank]
     costs: Array
@@ -43,7 +43,9 @@ def enumerate_ranks(problem: RankProblem, cost: Cost) -> Enumeration:
     """All ranks of a layer that are cheaper than the dense layer, in weights and in cost, and the dense layer itself;
     with `least=0` rank 0 too.
 
-    Raises `ValueError` with the layer's name for a cost that falls while the rank grows.
+    With a cap, `most`, only ranks up to it; the dense layer only where its full rank is no larger, as one of any of the
+    structures. Raises `ValueError` with the layer's name for a cost that falls while the rank grows, and where no rank
+    up to the cap is cheaper than the dense layer.
     """
     try:
         grids = _grids(problem.layer, problem.decomposition, cost)
@@ -52,17 +54,27 @@ def enumerate_ranks(problem: RankProblem, cost: Cost) -> Enumeration:
         raise ValueError(f"Layer {problem.name!r}: {error}") from error
     ranks, costs, errors = [], [], []
     for start, decomposition, grid, prices, cheaper in grids:
-        grid, prices = grid[cheaper], prices[cheaper]
+        allowed = cheaper if problem.most is None else cheaper & (grid <= problem.most).all(axis=1)
+        grid, prices = grid[allowed], prices[allowed]
         ranks += [(*start, *rank) for rank in grid.tolist()]
         costs.append(prices)
         errors.append(_errors(problem, start, decomposition, grid))
+    may_be_dense = problem.most is None or any(grid[-1].max() <= problem.most for _, _, grid, *_ in grids)
+    if not ranks and not may_be_dense:
+        raise ValueError(
+            f"Layer {problem.name!r}: no rank up to the cap of {problem.most} is cheaper than the dense layer: leave "
+            "the layer out, or raise its cap"
+        )
     if problem.least == 0:
         spectrum = problem.spectra if not grids[0][0] else problem.spectra_of(grids[0][1])
         ranks.append((0,) * len(problem.full))
         costs.append(np.zeros(1))
         errors.append(spectrum[0][:1].cpu().numpy())
-    ranks.append(problem.full)
-    all_costs, all_errors = np.concatenate([*costs, [dense]]), np.concatenate([*errors, [0.0]])
+    if may_be_dense:
+        ranks.append(problem.full)
+        costs.append(np.array([dense]))
+        errors.append(np.zeros(1))
+    all_costs, all_errors = np.concatenate(costs), np.concatenate(errors)
     order = np.argsort(all_costs, kind="stable")
     return Enumeration([ranks[i] for i in order], all_costs[order], all_errors[order])
 
