@@ -57,6 +57,9 @@ class CostBudget(RankRule):
         layers = [enumerate_ranks(problems[k], self.cost) for k in order]
         costs = [each.costs for each in layers]
         weights = [problems[k].cost_weight for k in order]
+        # a layer that was all zeros at the start of learning-compression has the weight 0: it comes first then
+        smallest = max(weights, default=0.0) * 1e-12 or 1.0
+        weights = [max(w, smallest) for w in weights]
         dense = total_cost([problem.layer for problem in problems], self.cost)
         least = float(sum(cost[0] for cost in costs))
         budget = left_for(dense, least, total_cost(others, self.cost), self.ratio)
@@ -72,9 +75,7 @@ class CostBudget(RankRule):
             for _ in range(60):
                 middle = (low + high) / 2
                 low, high = (middle, high) if spent(costs, at(middle)) > budget else (low, middle)
-        # a layer that was all zeros at the start of learning-compression has the weight 0: it comes first then
-        smallest = max(weights, default=0.0) * 1e-12 or 1.0
-        losses = [each.errors / max(w, smallest) for each, w in zip(layers, weights, strict=True)]
+        losses = [each.errors / w for each, w in zip(layers, weights, strict=True)]
         places = fill(costs, losses, at(high), budget)
         better = improve(costs, losses, places, budget, high / error_weight)
         places = fill(costs, losses, better, budget)
@@ -97,4 +98,4 @@ def left_for(dense: float, least: float, others: float, ratio: float) -> float:
             f"A budget of {ratio:g} of the dense cost cannot be reached: the smallest ranks cost "
             f"{(least + others) / total:.4f} of it. Ask for more, or compress more layers"
         )
-    return ratio * total - others
+    return max(ratio * total - others, least)  # a difference that rounding can leave below

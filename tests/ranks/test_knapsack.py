@@ -157,4 +157,26 @@ def test_weights_that_were_all_zeros_at_the_start_come_first():
     zero = [RankProblem("zero", problems[0].layer, SVD(), problems[0].weight, 0.0, 0), *problems[1:]]
     with np.errstate(all="raise"):
         ranks = CostBudget("params", 0.7)(zero)
-    assert ranks[0] == zero[0].full
+        assert ranks[0] == zero[0].full
+        tight = CostBudget("params", 0.1)(zero)
+    assert tight[0] != zero[0].full
+    assert CostBudget("params", 0.5)([zero[0]])[0] != zero[0].full
+
+
+def test_a_budget_just_reachable():
+    """Also where the costs are not whole numbers, and sums of them are rounded."""
+
+    def cost(layer):
+        return layer.num_weights**0.7 / 3
+
+    for seed in range(30):
+        problems = tiny_network(seed)
+        problems, others = problems[1:], [problems[0].layer]
+        tables = [enumerate_ranks(problem, cost) for problem in problems]
+        dense = sum(cost(problem.layer) for problem in problems) + cost(others[0])
+        least = sum(table.costs[0] for table in tables) + cost(others[0])
+        try:
+            ranks = CostBudget(cost, least / dense)(problems, 1.0, others)
+        except ValueError:  # by the last bit
+            continue
+        assert ranks == [table.ranks[0] for table in tables]
