@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from lowrank_pl.ranks.base import RankProblem
-from lowrank_pl.targets import check_patterns, matches
 
 
 def check_caps(most: Any) -> Any:
@@ -35,7 +35,12 @@ def capped(problems: Sequence[RankProblem], most: Any) -> list[RankProblem]:
     if most is None:
         return list(problems)
     if problems and isinstance(most, tuple):
-        check_patterns([pattern for pattern, _ in most], [problem.name for problem in problems], "most")
+        names = [problem.name for problem in problems]
+        for pattern, _ in most:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"Pattern {pattern!r} in `most` matches none of the layers: {', '.join(names[:6])}, ..."
+                )
     return [replace(problem, most=cap_of(problem.name, most)) for problem in problems]
 
 
@@ -43,4 +48,4 @@ def cap_of(name: str, most: Any) -> int | None:
     """The cap of one layer: that of the first pattern which matches its name."""
     if not isinstance(most, tuple):
         return most
-    return next((cap for pattern, cap in most if matches(name, [pattern])), None)
+    return next((cap for pattern, cap in most if fnmatchcase(name, pattern)), None)

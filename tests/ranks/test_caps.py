@@ -79,7 +79,7 @@ def test_a_mapping_caps_the_layers_that_it_names():
     for rule in (CostPenalty(0.0, "params", most), CostBudget("params", 1.0, most)):
         assert rule(problems) == [(4,), (2,), (4,)]
     assert CostPenalty(0.0, "params", {"conv1": 2})(problems) == [(6,), (2,), (10,)]
-    with pytest.raises(ValueError, match=r"Pattern 'fc' in `most` matches no"):
+    with pytest.raises(ValueError, match=r"Pattern 'fc' in `most` matches none"):
         CostPenalty(0.0, "params", {"fc": 2})(problems)
     assert CostPenalty(0.0, "params", {"fc": 2})([]) == []
 
