@@ -23,6 +23,7 @@ from lowrank_pl.methods import CStep, Distortion, LCState, add_penalty_gradients
 from lowrank_pl.planning import MethodChoice, make_plan
 from lowrank_pl.processes import from_first, is_parallel
 from lowrank_pl.ranks import CostBudget, CostPenalty
+from lowrank_pl.ranks.caps import Caps
 from lowrank_pl.report import print_plan
 from lowrank_pl.targets import Targets
 
@@ -46,6 +47,8 @@ class LearningCompression(CompressionCallback):
         steps: C steps, the first included.
         l_step: an `LStep(epochs=...)`; or its fields here: `l_step_epochs` or `l_step_steps`, `penalty`, `lr_decay`,
             `restart_lr`, `clear_momentum`.
+        most: the largest ranks, R_k in their equation 1: an int, or a mapping from name patterns to ints. A layer with
+            a cap below its full rank may not stay dense. To a budget, caps are given with it: `CostBudget(most=...)`.
         normalize: multiply lambda by each layer's `||W||^2` at the start (the authors' code, for all but LeNet300).
         targets: which layers; default `Targets()`, all but the first convolution and the last linear layer.
         patience, tolerance: also end when no rank has changed for so many C steps and `||W - Theta|| / ||W||` is below.
@@ -74,6 +77,7 @@ class LearningCompression(CompressionCallback):
         tolerance: float = 1e-3,
         evaluate_distorted: bool = True,
         recalibrate_bn: int = 0,
+        most: Caps = None,
         **l_step_names: Unpack[LStepNames],
     ) -> None:
         if (lambda_ is None) == (budget is None):
@@ -82,13 +86,17 @@ class LearningCompression(CompressionCallback):
             raise TypeError(
                 f"Expected argument `budget` to be a CostBudget such as CostBudget('macs', 0.5), not {budget!r}"
             )
+        if budget is not None and most is not None:
+            raise ValueError(
+                "Expected argument `most` beside `lambda_` only: a budget has its own, CostBudget(most=...)"
+            )
         if l_step is not None and l_step_names:
             raise ValueError(f"Expected argument `l_step` or its fields {sorted(l_step_names)} but got both")
         check_int("steps", steps, 1)
         check_int("patience", patience, 1)
         check_number("mu0", mu0, lambda x: 0 < x < float("inf"), "a number above 0")
         check_number("growth", growth, lambda x: 1 < x < float("inf"), "a number above 1")
-        self.rule = CostPenalty(lambda_, cost) if budget is None else budget  # type: ignore[arg-type]
+        self.rule = CostPenalty(lambda_, cost, most) if budget is None else budget  # type: ignore[arg-type]
         super().__init__(method, self.rule, targets, evaluate_distorted, recalibrate_bn)
         self.mu0, self.growth, self.steps, self.normalize = mu0, growth, steps, normalize
         self.l_step = l_step_of(l_step_names) if l_step is None else l_step
@@ -109,8 +117,8 @@ class LearningCompression(CompressionCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         _check_optimizers(trainer)
         self._check_targets(trainer, pl_module)
-        if isinstance(self.rule.cost, Latency):
-            self.rule.cost.check()
+        if isinstance(self.rule.charged, Latency):
+            self.rule.charged.check()
         super().on_train_start(trainer, pl_module)
         trainer.should_stop = trainer.should_stop or self.finished
 

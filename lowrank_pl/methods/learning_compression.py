@@ -26,6 +26,7 @@ from lowrank_pl.compression import Compression, Plan
 from lowrank_pl.decompositions import ZERO, Choice
 from lowrank_pl.linalg import squared_norm
 from lowrank_pl.ranks import CostBudget, CostPenalty, RankProblem, enumerate_ranks
+from lowrank_pl.ranks.caps import cap_of
 from lowrank_pl.ranks.cost_penalty import MILLION
 from lowrank_pl.structures import Dense, Structure
 
@@ -179,7 +180,7 @@ def _layer_step(
     old = state.structures[c.name] if state else problem.structure(ZERO)
     new = _kept(problem.structure(choice), c)
     old_theta, theta = old.reconstruct(), new.reconstruct()
-    old_cost, cost = c.cost(rule.cost, old_choice), c.cost(rule.cost, choice)
+    old_cost, cost = c.cost(rule.charged, old_choice), c.cost(rule.charged, choice)
     old_rest, rest = (shifted - old_theta if state else shifted), shifted - theta
     old_error, error = squared_norm(old_rest), squared_norm(rest)
     before = price * old_cost + mu / 2 * old_error
@@ -241,7 +242,8 @@ def least_mu(
     """Above which mu the first C step leaves at least one layer, and every layer, with a rank above 0."""
     thresholds = []
     for c in plan.compressions:
-        choices = enumerate_ranks(c.problem(cost_weight=scales[c.name], least=0), rule.cost)
+        problem = c.problem(cost_weight=scales[c.name], least=0)
+        choices = enumerate_ranks(problem, rule.charged, cap_of(c.name, rule.most))
         saved = choices.errors[0] - choices.errors[1:]
         price = rule.lambda_ / MILLION * scales[c.name]
         worth = [2 * price * cost / s for cost, s in zip(choices.costs[1:], saved, strict=True) if s > 0]
@@ -262,7 +264,7 @@ def _choose(
     def objective(chosen: Sequence[Choice]) -> float:
         total = 0.0
         for problem, choice in zip(problems, chosen, strict=True):
-            each = enumerate_ranks(problem, rule.cost)
+            each = enumerate_ranks(problem, rule.charged, cap_of(problem.name, rule.most))
             i = each.index(choice)
             total += lambda_ / MILLION * problem.cost_weight * each.costs[i] + mu / 2 * each.errors[i]
         return total

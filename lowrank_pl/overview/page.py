@@ -95,7 +95,9 @@ def _layer(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _published(groups: set[str]) -> list[dict[str, Any]]:
-    """The papers' points for the networks and data sets at hand."""
+    """The papers' points for the networks and data sets at hand: multiply-adds of the whole network for one image, all
+    parameters, error in percent. Where a paper counts otherwise, tests/overview/test_published.py says how it was
+    converted."""
     names = {group.casefold(): group for group in groups}
     with files("lowrank_pl.overview").joinpath("published.csv").open(encoding="utf-8") as lines:
         return [

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from lowrank_pl.costs import Cost, resolve_cost
 from lowrank_pl.decompositions import Analysis, Candidates, Choice, Decomposition
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.structures import Dense, Rank, Structure
@@ -113,3 +114,18 @@ class RankRule(ABC):
     def note(self, problem: RankProblem, rank: Rank) -> str | None:
         """What a user should know about this choice, for the report."""
         return None
+
+
+class CostRule(RankRule):
+    """A rule that weighs errors against a `cost`: its name, or any function from a `LayerSpec` to a number."""
+
+    cost: str | Cost
+
+    @property
+    def compares(self) -> bool:
+        return True
+
+    @property
+    def charged(self) -> Cost:
+        """The cost as a function. Raises `ValueError` for an unknown name."""
+        return resolve_cost(self.cost)

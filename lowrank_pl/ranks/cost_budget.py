@@ -6,36 +6,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-import numpy as np
-
-from lowrank_pl.costs import resolve_cost
+from lowrank_pl.checks import check_number
+from lowrank_pl.costs import Cost
 from lowrank_pl.decompositions import Choice
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.ranks.base import RankProblem, RankRule
+from lowrank_pl.ranks.base import CostRule, RankProblem
+from lowrank_pl.ranks.caps import Caps, cap_of, check_caps, check_patterns_of_caps
 from lowrank_pl.ranks.cost_penalty import MILLION
-from lowrank_pl.ranks.enumeration import Enumeration, enumerate_ranks, total_cost
+from lowrank_pl.ranks.enumeration import enumerate_ranks, total_cost
+from lowrank_pl.ranks.knapsack import fill, improve, spent
 
 
 @final
 @dataclass(frozen=True)
-class CostBudget(RankRule):
-    """`CostPenalty` with the lambda at which the whole network costs at most `ratio` of the dense one.
+class CostBudget(CostRule):
+    """The ranks with the least error among those with which the whole network costs at most `ratio` of the dense one.
 
     All linear layers and convolutions count, also those that are not compressed (or that another rule of a mapping
-    decides, as dense). lambda is found by bisection; what it leaves of the budget goes to the ranks that gain most by
-    it, until no single rank can grow. Raises `ValueError` with the least reachable ratio for a budget below it.
+    decides, as dense). The error is the sum over layers of `||W - W_r||_F^2 / cost_weight`, so that a `CostPenalty`
+    with the right lambda would choose the same ranks where it meets the budget exactly. That lambda is found by
+    bisection; what it leaves of the budget goes to the ranks that gain most by it, until no single rank can grow; and
+    where more than a thousandth of the error could still be won, ranks are exchanged between layers. `most` caps ranks
+    as in `CostPenalty`. Raises `ValueError` with the least reachable ratio for a budget below it.
     """
 
-    cost: Any = "macs"
+    cost: str | Cost = "macs"
     ratio: float = 0.5
+    most: Caps = None
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
-        object.__setattr__(self, "cost", resolve_cost(self.cost))
-
-    @property
-    def compares(self) -> bool:
-        return True
+        object.__setattr__(self, "cost", self.charged)
+        object.__setattr__(self, "most", check_caps(self.most))
 
     def __call__(
         self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
@@ -46,30 +48,42 @@ class CostBudget(RankRule):
         self, problems: Sequence[RankProblem], error_weight: float, others: Sequence[LayerSpec]
     ) -> tuple[list[Choice], float]:
         """The choices, and the lambda per million units of cost that they belong to."""
-        layers = [enumerate_ranks(problem, self.cost) for problem in problems]
-        weights = [problem.cost_weight for problem in problems]
-        dense, least = (float(sum(each.costs[i] for each in layers)) for i in (-1, 0))
-        budget = left_for(dense, least, total_cost(others, self.cost), self.ratio)
+        check_patterns_of_caps(problems, self.most)
+        # by name, so that the order of the layers does not decide between equal choices
+        order = sorted(range(len(problems)), key=lambda k: problems[k].name)
+        caps = [cap_of(problems[k].name, self.most) for k in order]
+        layers = [enumerate_ranks(problems[k], self.charged, cap) for k, cap in zip(order, caps, strict=True)]
+        costs = [each.costs for each in layers]
+        weights = [problems[k].cost_weight for k in order]
+        # a layer that was all zeros at the start of learning-compression has the weight 0: it comes first then
+        smallest = max(weights, default=0.0) * 1e-12 or 1.0
+        weights = [max(w, smallest) for w in weights]
+        dense = total_cost([problem.layer for problem in problems], self.charged)
+        least = float(sum(cost[0] for cost in costs))
+        budget = left_for(dense, least, total_cost(others, self.charged), self.ratio)
 
         def at(lambda_: float) -> list[int]:
             return [each.best(lambda_ * w, error_weight) for each, w in zip(layers, weights, strict=True)]
 
         low, high = 0.0, 0.0
-        if _spent(layers, at(0.0)) > budget:
+        if spent(costs, at(0.0)) > budget:
             high = 1e-30
-            while _spent(layers, at(high)) > budget:
+            while spent(costs, at(high)) > budget:
                 low, high = high, high * 10
             for _ in range(60):
                 middle = (low + high) / 2
-                low, high = (middle, high) if _spent(layers, at(middle)) > budget else (low, middle)
-        places = _spend_the_rest([p.name for p in problems], layers, weights, at(high), budget)
-        return [each.choices[i] for each, i in zip(layers, places, strict=True)], high * MILLION
+                low, high = (middle, high) if spent(costs, at(middle)) > budget else (low, middle)
+        losses = [each.errors / w for each, w in zip(layers, weights, strict=True)]
+        places = fill(costs, losses, at(high), budget)
+        better = improve(costs, losses, places, budget, high / error_weight)
+        places = fill(costs, losses, better, budget)
+        choices = {k: each.choices[i] for k, each, i in zip(order, layers, places, strict=True)}
+        return [choices[k] for k in range(len(problems))], high * MILLION
 
 
 def check_ratio(ratio: Any) -> None:
     """Raise `ValueError` for anything but a share in (0, 1]."""
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
-        raise ValueError(f"Expected argument `ratio` to be a share of the dense cost in (0, 1] but got {ratio!r}")
+    check_number("ratio", ratio, lambda x: 0 < x <= 1, "a share of the dense cost in (0, 1]")
 
 
 def left_for(dense: float, least: float, others: float, ratio: float) -> float:
@@ -81,29 +95,4 @@ def left_for(dense: float, least: float, others: float, ratio: float) -> float:
             f"A budget of {ratio:g} of the dense cost cannot be reached: the smallest ranks cost "
             f"{(least + others) / total:.4f} of it. Ask for more, or compress more layers"
         )
-    return ratio * total - others
-
-
-def _spent(layers: Sequence[Enumeration], places: Sequence[int]) -> float:
-    return float(sum(each.costs[i] for each, i in zip(layers, places, strict=True)))
-
-
-def _spend_the_rest(
-    names: Sequence[str], layers: Sequence[Enumeration], weights: Sequence[float], places: Sequence[int], budget: float
-) -> list[int]:
-    """Raise one rank after another, the one with the most error saved per cost first, while one can be raised."""
-    chosen = list(places)
-    while True:
-        rest = budget - _spent(layers, chosen)
-        moves = []
-        for k, (each, weight) in enumerate(zip(layers, weights, strict=True)):
-            here = chosen[k]
-            saved, more = each.errors[here] - each.errors, each.costs - each.costs[here]
-            possible = np.flatnonzero((more > 0) & (more <= rest) & (saved > 0))
-            if len(possible):
-                gains = saved[possible] / more[possible] / weight
-                moves.append((float(gains.max()), names[k], k, int(possible[gains.argmax()])))
-        if not moves:
-            return chosen
-        *_, k, place = max(moves)
-        chosen[k] = place
+    return max(ratio * total - others, least)  # a difference that rounding can leave below

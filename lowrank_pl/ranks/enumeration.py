@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,7 @@ VALUES_PER_ENTRY = 64
 @dataclass(frozen=True, eq=False)
 class Enumeration:
     """`choices` by growing cost, the smaller of two ranks of the same cost first; `costs` and squared `errors` beside
-    them. The last is the dense layer."""
+    them. The last is the dense layer, unless a cap excludes it."""
 
     choices: list[Choice]
     costs: Array
@@ -40,24 +41,36 @@ class Enumeration:
         return self.choices.index(choice)
 
 
-def enumerate_ranks(problem: RankProblem, cost: Cost) -> Enumeration:
+def enumerate_ranks(problem: RankProblem, cost: Cost, most: int | None = None) -> Enumeration:
     """All ranks of a layer that are cheaper than the dense layer, in weights and in cost, and the dense layer itself;
     with `least=0` rank 0 too.
 
-    Raises `ValueError` with the layer's name for a cost that falls while the rank grows.
+    With a cap, `most`, only ranks up to it in every entry; the dense layer only where its full rank is no larger, as
+    one of any of the structures. Raises `ValueError` with the layer's name for a cost that falls while the rank grows,
+    and where no rank up to the cap is cheaper than the dense layer.
     """
     with problem.named():
         grids = _grids(problem.layer, problem.method, cost)
         dense = dense_cost(problem.layer, cost)
-    choices = [grid.choices[i] for grid in grids for i in np.flatnonzero(grid.cheaper)]
-    costs = [grid.costs[grid.cheaper] for grid in grids]
-    errors = [grid.errors(problem)[grid.cheaper] for grid in grids]
+    allowed = [grid.cheaper & (grid.ranks <= (most or math.inf)).all(axis=1) for grid in grids]
+    choices = [grid.choices[i] for grid, fits in zip(grids, allowed, strict=True) for i in np.flatnonzero(fits)]
+    costs = [grid.costs[fits] for grid, fits in zip(grids, allowed, strict=True)]
+    errors = [grid.errors(problem)[fits] for grid, fits in zip(grids, allowed, strict=True)]
+    may_be_dense = most is None or any(grid.ranks[-1].max() <= most for grid in grids)
+    if not choices and not may_be_dense:
+        raise ValueError(
+            f"Layer {problem.name!r}: no rank up to the cap of {most} is cheaper than the dense layer: leave the layer "
+            "out, or raise its cap"
+        )
     if problem.least == 0:
         choices.append(ZERO)
         costs.append(np.zeros(1))
         errors.append(problem.errors[0][:1].cpu().numpy())
-    choices.append(DENSE)
-    all_costs, all_errors = np.concatenate([*costs, [dense]]), np.concatenate([*errors, [0.0]])
+    if may_be_dense:
+        choices.append(DENSE)
+        costs.append(np.array([dense]))
+        errors.append(np.zeros(1))
+    all_costs, all_errors = np.concatenate(costs), np.concatenate(errors)
     order = np.argsort(all_costs, kind="stable")
     return Enumeration([choices[i] for i in order], all_costs[order], all_errors[order])
 

@@ -97,6 +97,8 @@ BAD_ARGUMENTS = [
     (EnergyThreshold, "p", [0, 1, -0.1, 1.5, "0.9", None, True, float("nan")]),
     (CostPenalty, "lambda_", [-1e-9, "1", None, True, float("nan")]),
     (partial(CostPenalty, 1.0), "cost", ["mac", None, 3]),
+    (partial(CostPenalty, 1.0, "params"), "most", [0, -1, 2.0, "8", True, {}, {"*": 0}, {"*": None}, (2,)]),
+    (partial(CostBudget, "params", 0.5), "most", [0, True, {"*": "3"}]),
     (partial(CostBudget, "params"), "ratio", [0, -0.5, 1.01, "0.5", None, True, float("nan")]),
     (CostBudget, "cost", ["mac", None, 3]),
     (partial(GreedyEnergy, "params"), "ratio", [0, -0.5, 1.01, "0.5", None, True, float("nan")]),
