@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lowrank_pl.checks import check_int
 from lowrank_pl.costs.base import StructureCost
 from lowrank_pl.decompositions import Decomposition
 from lowrank_pl.files import write_files
@@ -44,8 +45,7 @@ class Latency(StructureCost):
 
     def __post_init__(self) -> None:
         for name in ("batch", "points"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"Expected argument `{name}` to be at least 1 but got {getattr(self, name)!r}")
+            check_int(name, getattr(self, name), 1)
         torch.device(self.device)
 
     def __call__(self, layer: LayerSpec) -> float:

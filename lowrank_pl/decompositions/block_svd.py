@@ -7,6 +7,7 @@ from typing import final
 
 from torch import Tensor
 
+from lowrank_pl.checks import check_int
 from lowrank_pl.decompositions.base import Decomposition, Truncation
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import as_operator
@@ -27,8 +28,7 @@ class BlockSVD(Decomposition):
     channels: int = 8
 
     def __post_init__(self) -> None:
-        if type(self.channels) is not int or self.channels < 1:
-            raise ValueError(f"Expected argument `channels` to be an int of at least 1 but got {self.channels!r}")
+        check_int("channels", self.channels, 1)
 
     def unsupported(self, layer: LayerSpec) -> str | None:
         return None if layer.groups == 1 else "needs an ungrouped layer"

@@ -7,6 +7,7 @@ from typing import final
 
 from torch import Tensor
 
+from lowrank_pl.checks import check_among, check_int
 from lowrank_pl.decompositions.base import Decomposition, Truncation
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import Run, tile_regions
@@ -28,10 +29,8 @@ class TiledSVD(Decomposition):
     run: Run | None = None
 
     def __post_init__(self) -> None:
-        if type(self.tile) is not int or self.tile < 1:
-            raise ValueError(f"Expected argument `tile` to be an int of at least 1 but got {self.tile!r}")
-        if self.run not in ("factors", "dense", None):
-            raise ValueError(f"Expected argument `run` to be 'factors', 'dense' or None but got {self.run!r}")
+        check_int("tile", self.tile, 1)
+        check_among("run", self.run, ("factors", "dense", None))
 
     def unsupported(self, layer: LayerSpec) -> str | None:
         if layer.kind == "linear" or (layer.kind == "conv" and len(layer.kernel) == 2 and layer.groups == 1):

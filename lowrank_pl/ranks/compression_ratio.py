@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import final
 
+from lowrank_pl.checks import check_number
 from lowrank_pl.decompositions import Choice, Decomposition
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem, RankRule, at_fraction
@@ -25,8 +26,7 @@ class CompressionRatio(RankRule):
     x: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.x, bool) or not isinstance(self.x, (int, float)) or not self.x >= 1:
-            raise ValueError(f"Expected argument `x` to be a ratio of at least 1, such as 2.0, but got {self.x!r}")
+        check_number("x", self.x, lambda x: x >= 1, "a ratio of at least 1, such as 2.0,")
 
     @property
     def sees_shapes_alone(self) -> bool:

@@ -8,6 +8,7 @@ from typing import final
 
 import torch
 
+from lowrank_pl.checks import check_number
 from lowrank_pl.decompositions import Choice
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem, RankRule
@@ -25,8 +26,7 @@ class EnergyThreshold(RankRule):
     p: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.p, bool) or not isinstance(self.p, (int, float)) or not 0 < self.p < 1:
-            raise ValueError(f"Expected argument `p` to be a share in (0, 1) but got {self.p!r}")
+        check_number("p", self.p, lambda x: 0 < x < 1, "a share in (0, 1)")
 
     def __call__(
         self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()

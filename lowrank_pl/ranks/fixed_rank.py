@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+from lowrank_pl.checks import check_int
 from lowrank_pl.decompositions import Choice
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem, RankRule
@@ -20,8 +21,7 @@ class FixedRank(RankRule):
     r: int
 
     def __post_init__(self) -> None:
-        if type(self.r) is not int or self.r < 1:
-            raise ValueError(f"Expected argument `r` to be an int of at least 1 but got {self.r!r}")
+        check_int("r", self.r, 1)
 
     @property
     def sees_shapes_alone(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+from lowrank_pl.checks import check_int
 from lowrank_pl.decompositions import Choice
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.names import resolve
@@ -26,8 +27,7 @@ class MultipleOf(RankRule):
     m: int = 8
 
     def __post_init__(self) -> None:
-        if type(self.m) is not int or self.m < 1:
-            raise ValueError(f"Expected argument `m` to be an int of at least 1 but got {self.m!r}")
+        check_int("m", self.m, 1)
         object.__setattr__(self, "rule", self._inner)
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+from lowrank_pl.checks import check_number
 from lowrank_pl.decompositions import Choice
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem, RankRule, at_fraction
@@ -19,8 +20,7 @@ class RankFraction(RankRule):
     R_c: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.R_c, bool) or not isinstance(self.R_c, (int, float)) or not 0 < self.R_c <= 1:
-            raise ValueError(f"Expected argument `R_c` to be a fraction in (0, 1] but got {self.R_c!r}")
+        check_number("R_c", self.R_c, lambda x: 0 < x <= 1, "a fraction in (0, 1]")
 
     @property
     def sees_shapes_alone(self) -> bool:
