@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import lowrank_pl
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lowrank_pl"
 # Strict: what a room imports lies on a level above it in this list, or in the room itself. README.md draws the same.
@@ -95,3 +97,11 @@ def test_what_importing_imports(code: str, absent: set[str]) -> None:
     check = f"import sys; {code}; print(sorted({absent} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_type_checkers_see_the_names_that_python_sees() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen == lowrank_pl._HOME_OF
+    assert {*seen, "__version__"} == set(lowrank_pl.__all__)

@@ -90,6 +90,8 @@ class LearningCompression(CompressionCallback):
             raise ValueError(
                 "Expected argument `most` beside `lambda_` only: a budget has its own, CostBudget(most=...)"
             )
+        if l_step is not None and not isinstance(l_step, LStep):
+            raise TypeError(f"Expected argument `l_step` to be an LStep such as LStep(epochs=2) but got {l_step!r}")
         if l_step is not None and l_step_names:
             raise ValueError(f"Expected argument `l_step` or its fields {sorted(l_step_names)} but got both")
         check_int("steps", steps, 1)

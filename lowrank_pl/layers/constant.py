@@ -19,7 +19,7 @@ class ConstantLayer(nn.Module):
 
     def __init__(self, layer: LayerSpec, bias: bool) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer = layer.with_(inputs=())
         self.bias = nn.Parameter(torch.zeros(layer.out_channels)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -63,9 +63,9 @@ class RankProblem:
     def structure(self, choice: Choice) -> Structure:
         """The projection of the weight. Raises `ValueError` that names the layer for weights that are not finite."""
         if choice.decomposition is not None:
+            analysis = self.analysis(choice.decomposition)
             with self.named():
-                choice.decomposition.check_rank(self.layer, choice.rank)
-                return self.analysis(choice.decomposition).factor(choice.rank)
+                return analysis.factor(choice.rank)
         layout = choice.layout(self.layer)
         dense = isinstance(layout, Dense)
         return Structure(layout, choice.rank, (self.weight if dense else self.weight.new_empty(0),))

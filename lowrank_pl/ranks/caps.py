@@ -18,7 +18,7 @@ def check_caps(most: Any) -> Caps:
     Raises `ValueError` for a cap that is no int of at least 1.
     """
     pairs = tuple(most.items()) if isinstance(most, Mapping) else most
-    several = type(pairs) is tuple and all(type(pair) is tuple and len(pair) == 2 for pair in pairs)
+    several = type(pairs) is tuple and pairs and all(type(pair) is tuple and len(pair) == 2 for pair in pairs)
     caps: Iterable[Any] = [cap for _, cap in pairs] if several else [] if pairs is None else [pairs]
     for cap in caps:
         check_int("most", cap, 1)
@@ -26,9 +26,9 @@ def check_caps(most: Any) -> Caps:
 
 
 def check_patterns_of_caps(problems: Sequence[RankProblem], most: Caps) -> None:
-    """Raise `ValueError` for a pattern that matches none of the layers."""
+    """Raise `ValueError` for a pattern that matches none of the layers; without layers there is nothing to match."""
     names = [problem.name for problem in problems]
-    for pattern, _ in most if isinstance(most, tuple) else ():
+    for pattern, _ in most if names and isinstance(most, tuple) else ():
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"Pattern {pattern!r} in `most` matches none of the layers: {', '.join(names[:6])}, ...")
 
