@@ -85,7 +85,7 @@ class Compression:
         if choice == ZERO:
             return "rank 0: its bias alone"
         if choice.decomposition is None:
-            return "no rank is worth its error"
+            return "nothing cheaper was chosen"
         if not self.is_cheaper(choice):
             named = f"{describe(choice.decomposition)} of rank {', '.join(map(str, choice.rank))}"
             return f"{named} has {self.num_weights(choice):,} weights"

@@ -1,7 +1,6 @@
 """What a layer costs, against PyTorch's own counter and with a clock of our own."""
 
 import json
-from importlib import import_module
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowrank_pl import CostBudget, CostPenalty, GreedyEnergy, compress
 from lowrank_pl.compression import Compression
 from lowrank_pl.costs import Latency, Macs, Params, price, resolve_cost
+from lowrank_pl.costs import latency as latency_module
 from lowrank_pl.decompositions import DENSE, SVD, ZERO, Cheapest, Choice, TiledSVD, Tucker2
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import TiledLayer, spec_of
@@ -19,7 +19,6 @@ from lowrank_pl.models import LeNet300
 from lowrank_pl.ranks import RankProblem, enumerate_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-latency_module = import_module("lowrank_pl.costs.latency")
 PAIRS = [(d, name) for d in DECOMPOSITIONS for name in LAYERS if supports(d, make_layer(name)[0])]
 CONV = spec_of(nn.Conv2d(12, 20, 3, padding=1)).with_(inputs=((1, 8, 8),))
 

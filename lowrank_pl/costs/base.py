@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from lowrank_pl.decompositions import ZERO, Choice, Decomposition
+from lowrank_pl.decompositions import Choice, Decomposition
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.structures import Layout, Rank
 
@@ -39,9 +39,7 @@ def charge(cost: Cost, layer: LayerSpec) -> float:
 
 
 def price(cost: Cost, choice: Choice, layout: Layout) -> float:
-    """What the layout of a choice costs: at rank 0 nothing."""
-    if choice == ZERO:
-        return 0.0
+    """What the layout of a choice costs: at rank 0, without stages, nothing."""
     if isinstance(cost, StructureCost) and choice.decomposition is not None:
         return cost.of_structure(layout.layer, choice.decomposition, choice.rank)
     return sum(charge(cost, stage) for stage in layout.stages)

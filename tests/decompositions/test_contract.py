@@ -4,7 +4,9 @@ New decompositions are found by themselves; `cases.py` has to list an instance.
 """
 
 import copy
+import dataclasses
 import json
+import math
 import sys
 
 import pytest
@@ -13,10 +15,14 @@ from cases import DECOMPOSITIONS, LAYERS, finals, make_layer, some_ranks, spec_o
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_pl.decompositions import Cheapest, Decomposition, Tucker2, count_macs, count_weights, module_from_dict
+from lowrank_pl.decompositions import DENSE, ZERO, Analysis, Choice, Decomposition, TiledSVD, Tucker2
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import TiledLayer, spec_of
+from lowrank_pl.layers import ConstantLayer, TiledLayer, as_operator, spec_of
+from lowrank_pl.ranks import RankProblem
+from lowrank_pl.structures import Chain, Constant, Dense, Layout, Structure, Tiles, layout_from_dict, total_macs
 
+LINEAR = LayerSpec("linear", 8, 8)
+TILES = {"kind": "tiles", "tile": 4, "rank": 2, "run": "dense", "layer": LINEAR.to_dict()}
 PAIRS = [(d, name) for d in DECOMPOSITIONS for name in LAYERS]
 SUPPORTED = [(d, name) for d, name in PAIRS if supports(d, make_layer(name)[0])]
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -49,16 +55,26 @@ class Products(TorchDispatchMode):
 
 
 def test_every_decomposition_has_an_instance():
-    kinds = set(finals(Decomposition)) - {Cheapest}  # whose ranks mean something else: test_cheapest.py
-    assert {type(d) for d in DECOMPOSITIONS} == kinds
+    assert {type(d) for d in DECOMPOSITIONS} == set(finals(Decomposition))
 
 
 @pytest.mark.parametrize("kind", list(finals(Decomposition)))
 def test_final_and_frozen(kind):
     assert kind.__dict__.get("__final__", sys.version_info < (3, 11))
     assert kind.__dataclass_params__.frozen
-    arguments = ("svd", "tucker2") if kind is Cheapest else ()
-    assert kind(*arguments) == kind(*arguments)
+    assert kind() == kind()
+    assert hash(kind()) == hash(kind())
+
+
+@pytest.mark.parametrize("kind", [*finals(Layout), *finals(Analysis), Structure])
+def test_layouts_structures_and_analyses_are_final_and_frozen(kind):
+    assert kind.__dict__.get("__final__", sys.version_info < (3, 11))
+    assert kind.__dataclass_params__.frozen
+    assert kind.__dataclass_params__.eq == issubclass(kind, Layout)  # values; the others hold tensors
+
+
+def test_every_layout_is_tested():
+    assert set(finals(Layout)) == {Chain, Constant, Dense, Tiles}
 
 
 @pytest.mark.parametrize(("decomposition", "name"), PAIRS, ids=lambda x: str(x).replace(" ", ""))
@@ -211,7 +227,7 @@ def test_not_finite(decomposition, name):
             with pytest.raises(ValueError, match="finite"):
                 decomposition.factor(layer.weight, spec, middle(decomposition.full_rank(spec)))
             with pytest.raises(ValueError, match="finite"):
-                decomposition.analyze(layer.weight.detach(), spec).errors
+                decomposition.analyze(layer.weight.detach(), spec)
 
 
 @each_pair
@@ -239,7 +255,7 @@ def test_module_from_dictionary(decomposition, name):
     for bias in {None, layer.bias}:
         module = structure.to_module(bias)
         values = json.loads(json.dumps(structure.layout.to_dict()))
-        empty = module_from_dict(values, spec.with_(inputs=()), bias is not None).double()
+        empty = layout_from_dict(values, spec.with_(inputs=())).build(bias is not None).double()
         shapes = {key: value.shape for key, value in module.state_dict().items()}
         assert {key: value.shape for key, value in empty.state_dict().items()} == shapes
         empty.load_state_dict(module.state_dict())
@@ -274,21 +290,277 @@ def test_bfloat16(decomposition, name):
     assert close(projected, layer.weight, 0.03)
 
 
+def counted(module, x):
+    """Multiply-adds by PyTorch's counter, of a layer that has run before."""
+    with torch.no_grad():
+        module(x)
+        with FlopCounterMode(display=False) as counter:
+            module(x)
+    return counter.get_total_flops() // 2
+
+
+def check_layout(structure, spec, layer, x):
+    """Whatever a structure's layout says of it, against the tensors, the module and the layer that it replaces."""
+    layout, tensors = structure.layout, structure.tensors
+    assert layout.layer == spec
+    assert tuple(tuple(tensor.shape) for tensor in tensors) == layout.shapes()
+    stored = sum(tensor.numel() for tensor in tensors)
+    assert layout.num_weights == structure.num_weights == stored
+    assert sum(stage.num_weights for stage in layout.stages) == stored
+    assert torch.equal(structure.reconstruct(), layout.weight(tensors))
+    assert structure.reconstruct().shape == layer.weight.shape
+    assert structure.macs == layout.macs == counted(structure.to_module(layer.bias), x[:1])
+    for bias in {None, layer.bias}:
+        module = structure.to_module(bias)
+        filled, empty = dict(module.named_parameters()), layout.build(bias is not None)
+        assert type(empty) is type(module)
+        assert {k: v.shape for k, v in empty.named_parameters()} == {k: v.shape for k, v in filled.items()}
+        named = layout.parameters(tensors, bias)
+        assert named.keys() == filled.keys()
+        assert all(torch.equal(named[key], filled[key]) for key in named)
+        if bias is not None:
+            (own,) = [value for key, value in filled.items() if key.split(".")[-1] == "bias"]
+            assert torch.equal(own, bias)
+        empty = empty.to(x.dtype)
+        empty.load_state_dict(named)
+        assert torch.equal(empty(x), module(x))
+    return structure.to_module(None)
+
+
+def check_round_trip(layout, spec):
+    """By way of JSON, macs included; of a layer that nobody has seen too."""
+    values = json.loads(json.dumps(layout.to_dict()))
+    again = layout_from_dict(values, spec)
+    assert again == layout
+    assert hash(again) == hash(layout)
+    assert again.macs == layout.macs is not None
+    unseen = layout_from_dict(values, spec.with_(inputs=()))
+    assert unseen != layout
+    assert unseen.shapes() == layout.shapes()
+    assert unseen.macs == (0 if isinstance(layout, Constant) else None)
+    assert unseen.to_dict() == layout.to_dict()
+
+
+@each_pair
+def test_a_layout_says_all_about_its_structure(decomposition, name):
+    layer, x = make_layer(name)
+    spec = spec_on(layer, x)
+    for rank in some_ranks(decomposition.full_rank(spec)):
+        structure = decomposition.factor(layer.weight, spec, rank)
+        assert structure.layout == decomposition.layout(spec, rank) == Choice(decomposition, rank).layout(spec)
+        assert structure.rank == rank
+        forms = structure.layout.forms()
+        assert structure.layout in forms or structure.layout.macs == forms[0].macs
+        for form in forms:
+            assert form.forms() == (form,)
+            module = check_layout(structure.with_layout(form), spec, layer, x)
+            check_round_trip(form, spec)
+            factors = [value.detach() for value in module.parameters()]
+            if isinstance(form, Chain):
+                factors = [as_operator(w, stage) for w, stage in zip(factors, form.stages, strict=True)]
+            assert all(map(torch.equal, factors, structure.tensors))
+            assert tuple(tuple(factor.shape) for factor in factors) == form.shapes()
+        check_layout(structure, spec, layer, x)
+
+
+@each_pair
+def test_stages_are_what_runs(decomposition, name):
+    """Each on what the one before it gives, from the layer's inputs to its outputs."""
+    layer, x = make_layer(name)
+    spec = spec_on(layer, x)
+    structure = decomposition.factor(layer.weight, spec, middle(decomposition.full_rank(spec)))
+    layout = structure.layout
+    assert sum(stage.num_weights for stage in layout.stages) == structure.num_weights
+    if isinstance(layout, Tiles):
+        module = structure.with_layout(dataclasses.replace(layout, run="factors")).to_module(None)
+        assert total_macs(layout.stages) == counted(module, x[:1])
+        return
+    assert layout.stages[0].inputs == spec.inputs
+    assert layout.stages[-1].outputs == spec.outputs
+    seen, module = [], structure.to_module(None)
+    for stage in module:
+        stage.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].shape, output.shape)))
+    module(x[:1])
+    for stage, (before, after) in zip(layout.stages, seen, strict=True):
+        assert math.prod(before) == stage.in_channels * sum(math.prod(size) for size in stage.inputs)
+        assert math.prod(after) == stage.out_channels * sum(math.prod(size) for size in stage.outputs)
+        if stage.kind != "linear":
+            assert tuple(before[2:]) == stage.inputs[0][1:]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_choices_without_a_decomposition(name):
+    layer, x = make_layer(name)
+    spec = spec_on(layer, x)
+    assert (DENSE.rank, ZERO.rank) == ((), (0,))
+    assert {DENSE: 1, ZERO: 2}[Choice(None, ())] == 1
+    dense, zero = DENSE.layout(spec), ZERO.layout(spec)
+    assert (dense, zero) == (Dense(spec), Constant(spec))
+    assert dense.forms() == (dense,)
+    assert zero.forms() == (zero,)
+    own = Structure(dense, DENSE.rank, (layer.weight.detach(),))
+    module = check_layout(own, spec, layer, x)
+    assert type(module) is type(layer)
+    assert torch.equal(module.weight, layer.weight)
+    assert torch.equal(own.to_module(layer.bias)(x), layer(x))
+    assert dense.macs == counted(layer, x[:1])
+    assert dense.stages == (spec,)
+    nothing = Structure(zero, ZERO.rank, (layer.weight.new_empty(0),))
+    module = check_layout(nothing, spec, layer, x)
+    assert isinstance(module, ConstantLayer)
+    assert module.layer == spec_of(layer)  # without this run's inputs
+    assert not nothing.reconstruct().any()
+    assert zero.macs == zero.num_weights == len(zero.stages) == 0
+    check_round_trip(zero, spec)
+    with pytest.raises(ValueError, match="Expected"):  # a dense layer is not stored
+        layout_from_dict(dense.to_dict(), spec)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if supports(TiledSVD(), make_layer(name)[0])])
+def test_undecided_tiles(name):
+    """Count and run as the dense layer until something has been measured."""
+    layer, x = make_layer(name)
+    spec = spec_on(layer, x)
+    structure = TiledSVD(4).factor(layer.weight, spec, middle(TiledSVD(4).full_rank(spec)))
+    layout = structure.layout
+    assert layout.run is None
+    assert [form.run for form in layout.forms()] == ["dense", "factors"]
+    dense, factors = layout.forms()
+    assert structure.macs == layout.macs == dense.macs == counted(layer, x[:1])
+    assert factors.macs == counted(structure.with_layout(factors).to_module(None), x[:1]) == total_macs(layout.stages)
+    assert structure.to_module(None).run == "dense"
+    assert structure.to_module(None).spec == spec_of(layer)  # without this run's inputs
+    assert [structure.with_layout(form).to_module(None).run for form in layout.forms()] == ["dense", "factors"]
+    assert layout.to_dict() == dense.to_dict() != factors.to_dict()
+    assert (bool(layout.note), bool(dense.note), bool(factors.note)) == (False, True, True)
+    assert dense.note != factors.note
+
+
+@each_pair
+def test_a_bias_that_moves_with_the_weight(decomposition, name):
+    """In the place of the layer's own, whether that has one or not."""
+    layer, x = make_layer(name)
+    spec = spec_on(layer, x)
+    moved = torch.randn(spec.out_channels, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    rank = middle(decomposition.full_rank(spec))
+    for plain in (
+        decomposition.factor(layer.weight, spec, rank),
+        Structure(Dense(spec), (), (layer.weight.detach(),)),
+        Structure(Constant(spec), (0,), (layer.weight.new_empty(0),)),
+    ):
+        assert plain.bias is None
+        structure = dataclasses.replace(plain, bias=moved)
+        assert torch.equal(structure.reconstruct(), plain.reconstruct())
+        assert (structure.num_weights, structure.macs) == (plain.num_weights, plain.macs)
+        expected = plain.to_module(moved)(x)
+        for same in (
+            structure,
+            structure.with_tensors(plain.tensors),
+            structure.with_layout(plain.layout),
+        ):
+            for bias in {None, layer.bias}:
+                module = same.to_module(bias)
+                held = [p for key, p in module.named_parameters() if key.split(".")[-1] == "bias"]
+                assert [torch.equal(p, moved) for p in held] == [True]
+                assert held[0].data_ptr() != moved.data_ptr()
+                assert torch.equal(module(x), expected)
+        reference = copy.deepcopy(layer)
+        reference.weight.data, reference.bias = plain.reconstruct(), torch.nn.Parameter(moved)
+        assert close(expected, reference(x), 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@each_pair
+def test_one_analysis_serves_the_spectrum_and_the_factors(decomposition, name, dtype, monkeypatch):
+    layer, x = make_layer(name, dtype)
+    spec, calls, iterations = spec_on(layer, x), [], []
+    for source in ("_gram_eigh", "_svd"):
+        count(monkeypatch, f"lowrank_pl.linalg.svd.{source}", calls)
+    count(monkeypatch, "lowrank_pl.linalg.tucker.leading_vectors", iterations)
+    ranks = some_ranks(decomposition.full_rank(spec))
+    problem = RankProblem(name, spec, decomposition, layer.weight.detach())
+    errors = [error.clone() for error in problem.errors]
+    structures = [problem.structure(Choice(decomposition, rank)) for rank in ranks]
+    assert all(map(torch.equal, problem.errors, errors))
+    if isinstance(decomposition, Tucker2):
+        matrices = 2  # the unfoldings; then those that it iterates over
+        assert len(iterations) >= 2 * len(ranks)
+    else:
+        matrices = len(structures[0].tensors) // 2 if isinstance(structures[0].layout, Tiles) else 1  # one per region
+        assert not iterations
+    assert len(calls) == matrices + len(iterations)
+    problem.structure(DENSE)
+    problem.structure(ZERO)
+    assert len(calls) == matrices + len(iterations)
+    for rank, structure in zip(ranks, structures, strict=True):
+        alone = decomposition.factor(layer.weight, spec, rank)
+        assert all(map(torch.equal, structure.tensors, alone.tensors))
+        error = float((layer.weight.detach().double() - structure.reconstruct(torch.float64)).square().sum())
+        bound = sum(float(tail[r]) for tail, r in zip(errors, rank, strict=True))
+        energy = float(errors[0][0])
+        assert error <= bound * (1 + 1e-6) + (1e-12 if dtype == torch.float32 else 1e-20) * energy
+        if len(rank) == 1:
+            assert error == pytest.approx(bound, rel=1e-4, abs=1e-12 * energy)
+
+
+def count(monkeypatch, place, calls):
+    """Note every call of the function at that place."""
+    module, _, function = place.rpartition(".")
+    original = getattr(sys.modules[module], function)
+    monkeypatch.setattr(place, lambda *args, **options: calls.append(function) or original(*args, **options))
+
+
 @pytest.mark.parametrize(
-    ("values", "bias"),
+    "values",
     [
-        ({}, True),
-        ({"kind": "dense"}, False),
-        ({"kind": "chain", "stages": []}, True),
-        ({"kind": "chain", "stages": [{"kind": "linear"}]}, True),
-        ({"kind": "chain", "stages": "linear"}, True),
-        ({"kind": "tiles", "tile": 4, "rank": 2, "run": "dense"}, True),
-        ({"kind": "tiles", "tile": 4, "rank": 5, "run": "dense", "layer": {}}, True),
-        ({"kind": "tiles", "tile": 4, "rank": 0, "run": "dense", "layer": {}}, True),
-        ({"kind": "tiles", "tile": 4.0, "rank": 2, "run": "dense", "layer": {}}, True),
-        ({"kind": "tiles", "tile": 4, "rank": 2, "run": "fast", "layer": {}}, True),
+        None,
+        [],
+        "chain",
+        {},
+        {"kind": "dense"},
+        {"kind": "chain", "stages": []},
+        {"kind": "chain", "stages": [{"kind": "linear"}]},
+        {"kind": "chain", "stages": "linear"},
+        {"kind": "chain", "stages": [LINEAR.to_dict(), LINEAR.with_(out_channels=9).to_dict()]},
+        {"kind": "chain", "stages": [LINEAR.with_(in_channels=9).to_dict(), LINEAR.to_dict()]},
+        {"kind": "chain", "stages": [LINEAR.with_(out_channels=5).to_dict(), LINEAR.to_dict()]},
+        {"kind": "constant", "rank": 0},
+        {"kind": "tiles", "tile": 4, "rank": 2, "run": "dense"},
+        {"kind": "tiles", "tile": 4, "rank": 5, "run": "dense", "layer": {}},
+        *[
+            {**TILES, **change}
+            for change in (
+                {"rank": 5},
+                {"rank": 0},
+                {"rank": 2.0},
+                {"rank": True},
+                {"tile": 9},
+                {"tile": 4.0},
+                {"tile": None},
+                {"run": "fast"},
+                {"run": None},
+                {"layer": {}},
+                {"layer": LINEAR.with_(in_channels=9).to_dict()},
+            )
+        ],
     ],
+    ids=repr,
 )
-def test_bad_dictionary(values, bias):
+def test_bad_dictionary(values):
     with pytest.raises(ValueError, match="Expected"):
-        module_from_dict(values, LayerSpec("linear", 8, 8), bias)
+        layout_from_dict(values, LINEAR)
+
+
+def test_good_dictionaries():
+    """Those that the bad ones differ from."""
+    assert layout_from_dict(TILES, LINEAR) == Tiles(LINEAR, 4, 2, "dense")
+    stages = LINEAR.with_(out_channels=5), LINEAR.with_(in_channels=5)
+    values = {"kind": "chain", "stages": [stage.to_dict() for stage in stages]}
+    assert layout_from_dict(values, LINEAR) == Chain(LINEAR, stages)
+
+
+@pytest.mark.parametrize("name", ["conv2d_grouped", "transposed2d"])
+def test_tiles_are_not_for_every_layer(name):
+    spec = spec_of(make_layer(name)[0])
+    with pytest.raises(ValueError, match="Expected"):
+        layout_from_dict({**TILES, "layer": spec.to_dict()}, spec)

@@ -9,10 +9,12 @@ from nets import Net, svd
 from torch import nn
 
 from lowrank_pl.costs import Macs, Params
-from lowrank_pl.decompositions import SVD, BlockSVD, Chain, Cheapest, SpatialSVD, TiledSVD, Tucker2
+from lowrank_pl.decompositions import DENSE, SVD, ZERO, BlockSVD, Cheapest, Choice, SpatialSVD, TiledSVD, Tucker2
+from lowrank_pl.decompositions.tucker2 import HigherOrderSVD
 from lowrank_pl.methods import LCState, add_penalty_gradients_, c_step, least_mu
 from lowrank_pl.planning import make_plan
 from lowrank_pl.ranks import CostBudget, CostPenalty
+from lowrank_pl.structures import Chain, Constant, Dense
 from lowrank_pl.surgery import record
 
 METHODS = {
@@ -48,21 +50,21 @@ def test_a_c_step_against_brute_force(method, normalize):
     torch.manual_seed(1)
     with torch.no_grad():
         for c in plan.compressions:
-            c.parameter.add_(0.1 * torch.randn_like(c.weight))
+            c.parameter.add_(0.1 * torch.randn_like(c.read()))
     after, done = c_step(plan, rule, state, mu=0.12, next_mu=0.144, normalize=normalize)
     total = 0.0
     for c in plan.compressions:
-        shifted = c.weight - state.beta(c.name) / 0.12
+        shifted = c.read() - state.beta(c.name) / 0.12
         price = rule.lambda_ / 1e6 * (state.scales[c.name] if normalize else 1.0)
         if normalize:
             assert state.scales[c.name] != 1.0
         values = []
-        for rank in all_ranks(c):
-            theta = c.factor(shifted, rank).reconstruct()
-            values.append(price * c.cost(rule.cost, rank) + 0.06 * float((shifted - theta).square().sum()))
-        own = price * c.cost(rule.cost, after.ranks[c.name])
+        for choice in all_choices(c):
+            theta = c.problem(shifted).structure(choice).reconstruct()
+            values.append(price * c.cost(rule.cost, choice) + 0.06 * float((shifted - theta).square().sum()))
+        own = price * c.cost(rule.cost, after.choices[c.name])
         own += 0.06 * float((shifted - after.structures[c.name].reconstruct()).square().sum())
-        exact = not any(isinstance(d, Tucker2) for d in (c.decomposition, *getattr(c.decomposition, "members", ())))
+        exact = not any(isinstance(d, Tucker2) for d in c.method.candidates(c.layer))
         if exact:
             assert own == pytest.approx(min(values), rel=1e-9)
         else:  # the choice is by a bound of the error, the projection may be better
@@ -72,18 +74,19 @@ def test_a_c_step_against_brute_force(method, normalize):
     assert done.after == pytest.approx(total - beta, rel=1e-9)
 
 
-def all_ranks(c):
-    members = [((), c.decomposition)]
-    if isinstance(c.decomposition, Cheapest):
-        members = [((i,), m) for i, m in enumerate(c.decomposition.members) if m.unsupported(c.layer) is None]
-    yield (0,) * len(c.decomposition.full_rank(c.layer))
-    for start, member in members:
+def all_choices(c):
+    """Every rank of every structure that the layer may take and that is cheaper; its bias alone; its weight."""
+    yield ZERO
+    members = c.method.members if isinstance(c.method, Cheapest) else (c.method,)
+    for member in members:
+        if member.unsupported(c.layer) is not None:
+            continue
         full = member.full_rank(c.layer)
         grids = torch.cartesian_prod(*[torch.arange(1, most + 1) for most in full]).reshape(-1, len(full))
         for rank in grids.tolist():
-            if c.is_cheaper((*start, *rank)):
-                yield (*start, *rank)
-    yield c.decomposition.full_rank(c.layer)
+            if c.is_cheaper(Choice(member, tuple(rank))):
+                yield Choice(member, tuple(rank))
+    yield DENSE
 
 
 def test_the_multipliers_are_those_of_algorithm_1():
@@ -92,24 +95,25 @@ def test_the_multipliers_are_those_of_algorithm_1():
     rule = CostPenalty(30.0, "macs")
     plan = plan_for(net, "svd", rule)
     mus = [0.05 * 1.5**j for j in range(6)]
-    beta = {c.name: torch.zeros_like(c.weight) for c in plan.compressions}
+    beta = {c.name: torch.zeros_like(c.read()) for c in plan.compressions}
     state = None
     for j, (mu, next_mu) in enumerate(pairwise(mus)):
         state, _ = c_step(plan, rule, state, mu, next_mu)
         for c in plan.compressions:
             theta = state.structures[c.name].reconstruct()
-            shifted = c.weight - beta[c.name] / mu
+            shifted = c.read() - beta[c.name] / mu
             u, s, v = torch.linalg.svd(shifted.flatten(1), full_matrices=False)
-            (r,) = state.ranks[c.name]
-            if c.is_cheaper((r,)):
+            choice = state.choices[c.name]
+            if choice not in (DENSE, ZERO):
+                (r,) = choice.rank
                 torch.testing.assert_close(theta, ((u[:, :r] * s[:r]) @ v[:r]).view_as(theta))
-            beta[c.name] -= mu * (c.weight - theta)
+            beta[c.name] -= mu * (c.read() - theta)
             torch.testing.assert_close(state.beta(c.name), beta[c.name], atol=1e-12, rtol=1e-9)
         assert state.steps == j + 1
         torch.manual_seed(j)
         with torch.no_grad():
             for c in plan.compressions:
-                c.parameter.add_(0.05 * torch.randn_like(c.weight))
+                c.parameter.add_(0.05 * torch.randn_like(c.read()))
 
 
 @pytest.mark.parametrize("augmented", [True, False])
@@ -159,9 +163,9 @@ def test_a_c_step_never_increases_the_augmented_lagrangian(method, rule, normali
         torch.manual_seed(j)
         with torch.no_grad():
             for c in plan.compressions:
-                c.parameter.add_(0.03 * torch.randn_like(c.weight)).mul_(0.99)
+                c.parameter.add_(0.03 * torch.randn_like(c.read())).mul_(0.99)
         if isinstance(rule, CostBudget):
-            spent = sum(c.cost(rule.cost, state.ranks[c.name]) for c in plan.compressions)
+            spent = sum(c.cost(rule.cost, state.choices[c.name]) for c in plan.compressions)
             spent += sum(rule.cost(spec) for spec in plan.others(plan.compressions))
             assert spent <= 0.6 * sum(rule.cost(spec) for spec in plan.specs.values())
 
@@ -175,14 +179,14 @@ def test_a_worse_theta_is_not_taken(monkeypatch):
     plan = plan_for(net, METHODS["tucker"], rule)
     state, _ = c_step(plan, rule, None, 0.2, 0.2)
     (conv,) = [c for c in plan.compressions if c.name == "conv2"]
-    assert isinstance(state.structures["conv2"], Chain)
-    original = Tucker2._factor
+    assert isinstance(state.structures["conv2"].layout, Chain)
+    original = HigherOrderSVD.factor
 
-    def bad(self, weight, layer, rank):
-        structure = original(self, weight, layer, rank)
+    def bad(self, rank):
+        structure = original(self, rank)
         return structure.with_tensors([1.5 * t for t in structure.tensors])
 
-    monkeypatch.setattr(Tucker2, "_factor", bad)
+    monkeypatch.setattr(HigherOrderSVD, "factor", bad)
     after, done = c_step(plan, rule, state, 0.2, 0.2)
     assert after.structures["conv2"] is state.structures["conv2"]
     assert done.after <= done.before
@@ -193,7 +197,7 @@ def test_weights_and_state_are_left_alone_and_nan_is_named():
     net = double_net()
     rule = CostPenalty(30.0, "macs")
     plan = plan_for(net, "svd", rule)
-    before = {c.name: c.weight.clone() for c in plan.compressions}
+    before = {c.name: c.read().clone() for c in plan.compressions}
     state, _ = c_step(plan, rule, None, 0.1, 0.12)
     kept = {name: anchor.clone() for name, anchor in state.anchors.items()}
     c_step(plan, rule, state, 0.12, 0.144)
@@ -213,7 +217,7 @@ def test_rank_0_before_batch_norm_has_no_penalty():
     rule = CostPenalty(1e9, "macs")
     plan = plan_for(net, "svd", rule)
     state, done = c_step(plan, rule, None, 1e-6, 1e-6, normed=["conv2"])
-    assert state.ranks == {"conv2": (0,), "fc1": (0,)}
+    assert state.choices == {"conv2": ZERO, "fc1": ZERO}
     assert state.free == ("conv2",)
     assert done.gap == 1.0  # of fc1 alone
     add_penalty_gradients_(plan, state)
@@ -227,11 +231,11 @@ def test_the_mu_above_which_ranks_are_not_0():
     rule = CostPenalty(1e3, "macs")
     plan = plan_for(net, "svd", rule)
     state, _ = c_step(plan, rule, None, 1e-9, 1e-9)
-    assert not any(any(rank) for rank in state.ranks.values())
+    assert set(state.choices.values()) == {ZERO}
     some, every = least_mu(plan, rule, state.scales)
     for mu, alive in ((0.999 * some, 0), (1.001 * some, 1), (0.999 * every, 1), (1.001 * every, 2)):
-        ranks = c_step(plan, rule, None, mu, mu)[0].ranks
-        assert sum(any(rank) for rank in ranks.values()) == alive
+        choices = c_step(plan, rule, None, mu, mu)[0].choices
+        assert sum(choice != ZERO for choice in choices.values()) == alive
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -240,14 +244,74 @@ def test_the_state_survives_a_checkpoint(method, tmp_path):
     rule = CostPenalty(10.0, "macs")
     plan = plan_for(net, METHODS[method], rule)
     state, _ = c_step(plan, rule, None, 0.05, 0.06)
-    torch.save(state.to_dict(), tmp_path / "state.pt")
+    torch.save(state.to_dict(plan), tmp_path / "state.pt")
     again = LCState.from_dict(torch.load(tmp_path / "state.pt", weights_only=True), plan)
-    assert again.ranks == state.ranks
+    assert again.choices == state.choices
     for name in state.anchors:
         assert torch.equal(again.anchors[name], state.anchors[name])
         assert torch.equal(again.structures[name].reconstruct(), state.structures[name].reconstruct())
     plain = [f.name for f in dataclasses.fields(state) if f.name not in ("structures", "anchors")]
     assert all(getattr(again, name) == getattr(state, name) for name in plain)
+
+
+def as_before(plan, choices, mu=0.06):
+    """A dictionary as the version before layouts and choices wrote it, made by hand: ranks with the number of the
+    structure before them and zeros for none, factors as the operators of the stages, nothing for rank 0."""
+    ranks, factors, anchors = {}, {}, {}
+    for c in plan.compressions:
+        ranks[c.name], anchors[c.name] = choices[c.name], c.read() + 1
+        u, s, v = torch.linalg.svd(c.read().flatten(1), full_matrices=False)
+        r = ranks[c.name][-1]
+        if r == 0:
+            factors[c.name] = []
+        elif r == min(u.shape[0], v.shape[1]):
+            factors[c.name] = [c.read().clone()]
+        else:
+            right, left = v[:r].unflatten(1, c.layer.operator_shape[1:]), u[:, :r] * s[:r]
+            factors[c.name] = [right, left.reshape(*left.shape, *[1] * len(c.layer.kernel))]
+    numbers = {"mu": mu, "steps": 3, "scales": dict.fromkeys(ranks, 2.0), "free": [], "unchanged": 1}
+    return {"ranks": ranks, "factors": factors, "anchors": anchors, **numbers}
+
+
+@pytest.mark.parametrize(
+    ("method", "stored"),
+    [
+        ("svd", {"conv2": [0], "fc1": [3]}),
+        ("svd", {"conv2": [12], "fc1": [0]}),
+        ("svd", {"conv2": [2], "fc1": [16]}),
+        (Cheapest("tucker2", "spatial_svd", "svd"), {"conv2": [0, 0, 0], "fc1": [0, 0]}),
+        (Cheapest("tucker2", "spatial_svd", "svd"), {"conv2": [2, 3], "fc1": [2, 4]}),
+        (Cheapest("tucker2", "spatial_svd", "svd"), {"conv2": [0, 8, 12], "fc1": [2, 16]}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_state_of_the_version_before_is_read(method, stored, on_disk, tmp_path):
+    net = double_net()
+    rule = CostPenalty(10.0, "macs")
+    plan = plan_for(net, method, rule)
+    values = as_before(plan, stored)
+    if on_disk:
+        torch.save(values, tmp_path / "state.pt")
+        values = torch.load(tmp_path / "state.pt", weights_only=True)
+    state = LCState.from_dict(values, plan)
+    assert (state.mu, state.steps, state.free, state.unchanged) == (0.06, 3, (), 1)
+    for c in plan.compressions:
+        *_, r = stored[c.name]
+        structure, full = state.structures[c.name], c.layer.out_channels
+        kind, choice = (Constant, ZERO) if r == 0 else (Dense, DENSE) if r == full else (Chain, Choice(SVD(), (r,)))
+        assert state.choices[c.name] == choice
+        assert type(structure.layout) is kind
+        assert structure.layout.macs is not None
+        assert tuple(t.shape for t in structure.tensors) == structure.layout.shapes()
+        theta = svd(c.read(), r)
+        assert structure.reconstruct().dtype == torch.float64
+        torch.testing.assert_close(structure.reconstruct(), theta)
+        torch.testing.assert_close(state.beta(c.name), 0.06 * (c.read() + 1 - theta))
+    assert state.to_dict(plan)["ranks"] == stored
+    after, done = c_step(plan, rule, state, 0.06, 0.08)
+    assert after.steps == 4
+    assert done.after <= done.before
 
 
 def test_at_most_two_copies_of_the_targets():
@@ -256,11 +320,11 @@ def test_at_most_two_copies_of_the_targets():
     plan = plan_for(net, "svd", rule)
     for lambda_ in (0.0, 1.0, 100.0):
         state, _ = c_step(plan, CostPenalty(lambda_, Params()), None, 0.05, 0.06)
-        tensors = [*state.anchors.values(), *(t for s in state.structures.values() for t in s.tensors())]
+        tensors = [*state.anchors.values(), *(t for s in state.structures.values() for t in s.tensors)]
         held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        own = sum(c.weight.untyped_storage().nbytes() for c in plan.compressions)
+        own = sum(c.read().untyped_storage().nbytes() for c in plan.compressions)
         assert sum(held.values()) <= 2 * own
-        assert not {c.weight.untyped_storage().data_ptr() for c in plan.compressions} & set(held)
+        assert not {c.read().untyped_storage().data_ptr() for c in plan.compressions} & set(held)
 
 
 def test_a_cost_of_the_network_is_what_pytorch_counts():
@@ -268,5 +332,5 @@ def test_a_cost_of_the_network_is_what_pytorch_counts():
     rule = CostPenalty(10.0, Macs())
     plan = plan_for(net, "svd", rule)
     state, done = c_step(plan, rule, None, 0.05, 0.06, normalize=False)
-    macs = sum(c.cost(Macs(), state.ranks[c.name]) for c in plan.compressions)
+    macs = sum(c.cost(Macs(), state.choices[c.name]) for c in plan.compressions)
     assert done.cost == pytest.approx(10.0 / 1e6 * macs)
