@@ -23,9 +23,10 @@ from lowrank_pl import (
     save_compressed,
 )
 from lowrank_pl.compression import write_weights_
-from lowrank_pl.decompositions import Chain
+from lowrank_pl.decompositions import Choice
 from lowrank_pl.extraction import extract
 from lowrank_pl.layers import TiledLayer
+from lowrank_pl.structures import Structure
 from lowrank_pl.surgery import record
 
 X = images(2)[0]
@@ -272,7 +273,7 @@ def test_the_order_of_running_counts():
 @pytest.mark.parametrize("amount", [1e-3, float("nan")])
 @pytest.mark.parametrize("example", [None, X])
 def test_a_module_that_is_not_its_structure_is_found(monkeypatch, example, amount):
-    original = Chain.to_module
+    original = Structure.to_module
 
     def broken(self, bias):
         module = original(self, bias)
@@ -281,7 +282,7 @@ def test_a_module_that_is_not_its_structure_is_found(monkeypatch, example, amoun
                 module[1].weight.mul_(1 + amount)
         return module
 
-    monkeypatch.setattr(Chain, "to_module", broken)
+    monkeypatch.setattr(Structure, "to_module", broken)
     with pytest.raises(RuntimeError, match="'fc1'"):
         compress(Net(), "svd", RANK, example_input=example)
 
@@ -295,8 +296,8 @@ def test_both_ways_of_running_tiles_are_verified(monkeypatch, run):
 
 
 def test_biases_are_verified(monkeypatch):
-    original = Chain.to_module
-    monkeypatch.setattr(Chain, "to_module", lambda self, bias: original(self, None))
+    original = Structure.to_module
+    monkeypatch.setattr(Structure, "to_module", lambda self, bias: original(self, None))
     with pytest.raises(RuntimeError, match="conv2"):
         compress(Net(), "svd", RANK)
 
@@ -317,10 +318,11 @@ def test_structures_of_an_older_projection_are_what_is_taken():
     """`extract` factors nothing: what it is given is what it deploys."""
     net = Net()
     plan = make_plan(net, "svd", RANK)
-    structures = plan.factor({"conv2": (1,), "fc1": (5,)})
-    small = extract(net, plan, structures)
+    structures = plan.factor({"conv2": Choice(SVD(), (1,)), "fc1": Choice(SVD(), (5,))})
+    small = extract(net, plan, structures, {"conv2": "as of old"})
     assert small.conv2[0].out_channels == 1
     assert small.fc1[0].out_features == 5
+    assert notes(small) == {**plan.dense, "conv2": "as of old", "fc1": ""}
 
 
 def test_hooks_and_attributes_survive():

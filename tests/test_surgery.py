@@ -1,6 +1,8 @@
 """Finding, listening, copying and replacing, on module trees of every awkward kind."""
 
 import copy
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowrank_pl import FixedRank, make_plan
 from lowrank_pl.layers import spec_of
 from lowrank_pl.surgery import (
     Recorder,
@@ -20,7 +23,7 @@ from lowrank_pl.surgery import (
     detached_copy,
     find_layers,
     num_parameters,
-    obstacle,
+    obstacles,
     record,
     replace_layers,
 )
@@ -104,10 +107,9 @@ def test_obstacles():
         (nn.Sequential(nn.LazyLinear(4)), None, "lazy"),
     ]
     for model, layer, reason in cases:
-        assert reason in obstacle(model, layer if layer is not None else model[0])
-    plain = nn.Sequential(Renamed(4, 4), nn.Conv2d(1, 1, 1))
-    assert obstacle(plain, plain[0]) is None
-    assert obstacle(plain, plain[1]) is None
+        assert reason in obstacles(model)[layer if layer is not None else model[0]]
+    assert obstacles(tied).keys() == {tied[0], tied[1]}
+    assert obstacles(nn.Sequential(Renamed(4, 4), nn.Conv2d(1, 1, 1))) == {}
 
 
 def test_odd_calls_are_named():
@@ -227,3 +229,33 @@ def test_replace_layers():
     assert model["b"][0] is other
     assert replace_layers(shared, {shared: other}) is other
     assert num_parameters(model) == 12
+
+
+def seconds(work):
+    """Of this process alone, the least of three: other programs on the machine do not count."""
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def many(layers):
+    return nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(layers))
+
+
+def test_time_for_a_plan_grows_with_the_layers_not_with_their_square():
+    """Eight times as many take eight times as long; 64 times would be the square."""
+    for work in (obstacles, lambda net: make_plan(net, "svd", FixedRank(1))):
+        few, more = (seconds(partial(work, many(n))) for n in (500, 4000))
+        assert more < 24 * few
+
+
+def test_a_plan_for_ten_thousand_layers():
+    net = many(10_000)
+    start = time.process_time()
+    plan = make_plan(net, "svd", FixedRank(1))
+    assert time.process_time() - start < 15
+    assert len(plan.compressions) == 9_999  # the last one stays dense
+    assert list(plan.dense) == ["9999"]

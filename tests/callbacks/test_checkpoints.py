@@ -20,7 +20,7 @@ from nets import (
 )
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from lowrank_pl import DeepTwist, FixedRank
+from lowrank_pl import DeepTwist, FixedRank, Targets
 
 S_D = 4
 
@@ -171,6 +171,7 @@ def test_state_is_plain(tmp_path):
     state = torch.load(tmp_path / "step=5.ckpt", weights_only=True)["callbacks"]
     (mine,) = [value for key, value in state.items() if "DeepTwist" in key]
     assert mine["last_step"] == 4
+    assert mine["ranks"] == {"net.conv2": [2], "net.fc1": [2]}
     assert len(str(mine)) < 2000  # no samples, no weights
 
 
@@ -238,10 +239,30 @@ def test_loading_weights_only_files_starts_afresh(tmp_path):
     assert set(ranks(fresh.net).values()) == {2}
 
 
-def test_resuming_with_new_method_or_rank(whole, tmp_path):
-    """The state holds counters and shapes, no choices: a resumed run takes the callback's own."""
+def test_resuming_with_another_rank_keeps_the_checkpoints(whole, tmp_path):
+    """Ranks are chosen once, and the state holds them."""
+    folder, _, last = whole
+    module, callback = StepData(), DeepTwist(S_D, "svd", FixedRank(1))
+    loop = quiet_trainer(tmp_path, callback, max_epochs=3)
+    loop.fit(module, loader(), ckpt_path=folder / "step=7.ckpt", weights_only=True)
+    assert set(ranks(module.net).values()) == {2}
+    assert distance(weights(module.net), last) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": {"*.conv2": "tucker2", "*": "svd"}}, r"'net\.conv2'.*rank from \(1, 1\) to \(8, 12\).*\(2,\)"),
+        ({"targets": Targets(skip_last=False)}, r"'net\.fc2' takes part now but did not.*same network"),
+    ],
+)
+def test_resuming_with_another_method_or_other_targets(whole, tmp_path, arguments, message):
+    """Ranks of the checkpoint that mean nothing here are refused before anything is trained or projected."""
     folder, _, _ = whole
     module = StepData()
-    loop = quiet_trainer(tmp_path, DeepTwist(S_D, "svd", FixedRank(1)), max_epochs=3)
-    loop.fit(module, loader(), ckpt_path=folder / "step=7.ckpt", weights_only=True)
-    assert set(ranks(module.net).values()) == {1}
+    loop = quiet_trainer(
+        tmp_path, DeepTwist(S_D, **({"method": "svd", "rank": FixedRank(1)} | arguments)), max_epochs=3
+    )
+    with pytest.raises(ValueError, match=message):
+        loop.fit(module, loader(), ckpt_path=folder / "step=7.ckpt", weights_only=True)
+    assert distance(weights(module.net), read(folder / "step=7.ckpt")) == 0

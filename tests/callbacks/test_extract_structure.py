@@ -149,7 +149,7 @@ def test_what_was_changed_behind_our_back(tmp_path, tampered):
             callback = trainer.callbacks[0]
             with torch.no_grad():
                 if tampered == "factor":
-                    callback.distortion.structures["net.conv2"].operators[1].mul_(1.01)
+                    callback.distortion.structures["net.conv2"].tensors[1].mul_(1.01)
                 else:
                     pl_module.net.conv2.weight.data.mul_(1.01)
 

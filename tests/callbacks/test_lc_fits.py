@@ -26,7 +26,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, StepLR
 
-from lowrank_pl import CostBudget, ExtractStructure, Latency, LearningCompression, Targets
+from lowrank_pl import SVD, CostBudget, ExtractStructure, Latency, LearningCompression, Targets
+from lowrank_pl.decompositions import DENSE, ZERO, Choice
 from lowrank_pl.layers import ConstantLayer
 
 TARGETS = ("conv2", "fc1")
@@ -57,9 +58,23 @@ class States(pl.Callback):
         state = self.callback.state
         self.seen[trainer.global_step] = (
             weights(pl_module.net),
-            state.ranks,
+            state.choices,
             {k: v.clone() for k, v in state.anchors.items()},
         )
+
+
+def best_rank(s, rows, columns, price, mu):
+    """The rank r that minimizes `price cost(r) + mu/2 ||A - A_r||^2`, of singular values s of a matrix A; the smallest
+    one where several do. The full rank is the dense matrix."""
+    best = None
+    for r in range(rows + 1):
+        cost = rows * columns if r == rows else r * (rows + columns)
+        if r not in (0, rows) and cost >= rows * columns:
+            continue
+        value = price * cost + mu / 2 * float(s[r:].square().sum())
+        if best is None or value < best[0]:
+            best = (value, r)
+    return best[1]
 
 
 def bare_loop(net, lambda_, l_step, steps, mu0, growth, normalize=True, augmented=True, clip=None, optimizer=sgd):
@@ -78,17 +93,8 @@ def bare_loop(net, lambda_, l_step, steps, mu0, growth, normalize=True, augmente
             rows, columns = SHAPES[name]
             shifted = w.detach().double() - beta[name] / mu
             u, s, v = torch.linalg.svd(shifted.reshape(rows, columns), full_matrices=False)
-            best = None
-            for r in range(rows + 1):
-                cost = r * (rows + columns)
-                cost = rows * columns if r == rows else cost
-                if r not in (0, rows) and cost >= rows * columns:
-                    continue
-                value = lambda_ / 1e6 * scale[name] * cost * POSITIONS[name] + mu / 2 * float(s[r:].square().sum())
-                if best is None or value < best[0]:
-                    best = (value, r)
-            ranks[name] = best[1]
-            theta[name] = ((u[:, : best[1]] * s[: best[1]]) @ v[: best[1]]).reshape(w.shape)
+            r = ranks[name] = best_rank(s, rows, columns, lambda_ / 1e6 * scale[name] * POSITIONS[name], mu)
+            theta[name] = ((u[:, :r] * s[:r]) @ v[:r]).reshape(w.shape)
             if augmented:
                 beta[name] = beta[name] - mu * (w.detach().double() - theta[name])
 
@@ -108,6 +114,11 @@ def bare_loop(net, lambda_, l_step, steps, mu0, growth, normalize=True, augmente
             after[step + 1] = weights(net)
         c_step(mu)
     return after, ranks, theta
+
+
+def svd_of(rank, shape):
+    """What is chosen at this rank of the lowered matrix, the full one standing for dense."""
+    return ZERO if rank == 0 else DENSE if rank == min(shape) else Choice(SVD(), (rank,))
 
 
 def fit(root, callback, *others, module=None, log=None, **arguments):
@@ -131,7 +142,7 @@ def test_the_trajectory_is_that_of_algorithm_1(tmp_path, normalize, penalty, len
     l_step = length.get("l_step_steps", EPOCH)
     after, ranks, theta = bare_loop(Net(), lambda_, l_step, 5, 0.05, 1.5, normalize, penalty == "augmented")
     assert loop.global_step == 4 * l_step == len(after)
-    assert {name: rank for name, (rank,) in callback.state.ranks.items()} == {f"net.{n}": r for n, r in ranks.items()}
+    assert callback.state.choices == {f"net.{n}": svd_of(r, SHAPES[n]) for n, r in ranks.items()}
     for step, expected in after.items():
         assert distance(watch.seen[step][0], expected) < 1e-5
     for name in TARGETS:  # at the end the module holds Theta
@@ -150,7 +161,7 @@ def test_it_stops_the_trainer_and_logs(tmp_path):
     for row in rows:
         assert row["lowrank/lagrangian_after"] <= row["lowrank/lagrangian_before"]
         assert {"lowrank/gap", "lowrank/penalty", "lowrank/cost", "lowrank/lambda"} < set(row)
-    assert rows[-1]["lowrank/rank/net.fc1"] == callback.state.ranks["net.fc1"][0]
+    assert rows[-1]["lowrank/rank/net.fc1"] == callback.state.choices["net.fc1"].rank[0]
 
 
 def test_the_first_act_is_a_c_step_before_the_first_optimizer_step(tmp_path):
@@ -223,7 +234,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, validate):
     for step in range(1, 3 * EPOCH):
         again, again_end, other, later = run(tmp_path / str(step), tmp_path / "whole" / f"step={step}.ckpt")
         assert distance(end, again_end) == 0
-        assert other.state.ranks == callback.state.ranks
+        assert other.state.choices == callback.state.choices
         assert other.state.mu == callback.state.mu
         for k, (state, chosen, anchors) in again.items():
             assert distance(state, seen[k][0]) == 0
@@ -322,8 +333,8 @@ def test_zeros_beside_layers_that_stay_dense_are_warned_of(tmp_path):
     callback = LearningCompression(1e5, cost=cost, steps=2, mu0=1e-6, growth=1.1, l_step_epochs=1)
     with pytest.warns(UserWarning, match="Every layer that does not stay dense has rank 0 at mu0 = 1e-06"):
         fit(tmp_path, callback)
-    assert callback.state.ranks["net.fc1"] == (0,)
-    assert callback.state.ranks["net.conv2"] != (0,)
+    assert callback.state.choices["net.fc1"] == ZERO
+    assert callback.state.choices["net.conv2"] != ZERO
 
 
 def test_momentum_is_cleared_and_large_steps_are_warned_of(tmp_path):

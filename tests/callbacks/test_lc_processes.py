@@ -5,9 +5,9 @@ import pytorch_lightning as pl
 import torch
 from nets import Module, Net, loader, quiet_trainer, weights
 
-from lowrank_pl import ExtractStructure, LearningCompression
-from lowrank_pl.compression import Compression
-from lowrank_pl.ranks import CostPenalty
+from lowrank_pl import SVD, ExtractStructure, LearningCompression
+from lowrank_pl.decompositions import Choice
+from lowrank_pl.ranks import CostPenalty, RankProblem
 
 
 class Disagree(pl.Callback):
@@ -15,16 +15,16 @@ class Disagree(pl.Callback):
 
     def on_train_start(self, trainer, pl_module):
         if trainer.global_rank == 1:
-            choose, factor = CostPenalty.__call__, Compression.factor
+            choose, factor = CostPenalty.__call__, RankProblem.structure
 
             def others(rule, *arguments):
-                return [(1,) for _ in choose(rule, *arguments)]
+                return [Choice(SVD(), (1,)) for _ in choose(rule, *arguments)]
 
-            def different(compression, weight, rank):
-                structure = factor(compression, weight, rank)
+            def different(problem, choice):
+                structure = factor(problem, choice)
                 return structure.with_tensors([1.001 * tensor for tensor in structure.tensors])
 
-            CostPenalty.__call__, Compression.factor = others, different
+            CostPenalty.__call__, RankProblem.structure = others, different
 
 
 class Watch(pl.Callback):
@@ -34,7 +34,7 @@ class Watch(pl.Callback):
         self.folder, self.callback, self.after = folder, callback, {}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        ranks = {name: list(rank) for name, rank in self.callback.state.ranks.items()}
+        ranks = {name: list(choice.rank) for name, choice in self.callback.state.choices.items()}
         self.after[trainer.global_step] = (weights(pl_module.net), dict(self.callback.state.anchors), ranks)
 
     def on_fit_end(self, trainer, pl_module):

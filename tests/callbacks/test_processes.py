@@ -3,9 +3,10 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.multiprocessing as mp
 from nets import Module, Net, distance, loader, quiet_trainer, ranks, weights
 
-from lowrank_pl import DeepTwist, ExtractStructure, FixedRank, Targets
+from lowrank_pl import CostBudget, DeepTwist, EnergyThreshold, ExtractStructure, FixedRank, Targets
 from lowrank_pl.compression import Plan
 
 
@@ -16,13 +17,13 @@ class Disagree(pl.Callback):
         if trainer.global_rank == 1:
             original = Plan.factor
 
-            def refuse(plan):
+            def refuse(plan, problems=None):
                 raise AssertionError("asked")
 
-            def factor(plan, chosen):
-                structures = original(plan, chosen)
+            def factor(plan, choices, problems=None):
+                structures = original(plan, choices, problems)
                 for structure in structures.values():
-                    structure.operators[0].mul_(1.00001)
+                    structure.tensors[0].mul_(1.00001)
                 return structures
 
             Plan.choose_ranks, Plan.factor = refuse, factor
@@ -79,3 +80,47 @@ def test_both_hold_the_weights_of_the_first(tmp_path):
     state = torch.load(tmp_path / "after.ckpt", weights_only=True)["state_dict"]
     assert distance({n.removeprefix("net."): t for n, t in state.items()}, one["after"][3]) == 0
     assert (tmp_path / "compressed" / "model.safetensors").is_file()
+
+
+class Choices(pl.Callback):
+    """The ranks and the weights that this process has at the end, in a file of its own."""
+
+    def __init__(self, folder, callback):
+        self.folder, self.callback = folder, callback
+
+    def on_fit_end(self, trainer, pl_module):
+        ranks = {name: list(choice.rank) for name, choice in self.callback.choices.items()}
+        torch.save((ranks, weights(pl_module.net)), self.folder / f"choices{trainer.global_rank}.pt")
+
+
+@pytest.mark.timeout(300)
+def test_ranks_that_follow_from_weights_are_the_first_ones(tmp_path):
+    """Chosen in the middle of training, at step 2, and for a validation before that."""
+    callback = DeepTwist(2, "svd", EnergyThreshold(0.5))
+    loop = quiet_trainer(
+        tmp_path,
+        Disagree(),
+        callback,
+        Choices(tmp_path, callback),
+        strategy="ddp_spawn",
+        devices=2,
+        max_epochs=1,
+        val_check_interval=1,
+        num_sanity_val_steps=0,
+    )
+    loop.fit(Module(Net()), loader(), loader(2))
+    (one, state), (two, other) = (torch.load(tmp_path / f"choices{i}.pt", weights_only=True) for i in (0, 1))
+    assert one == two
+    assert distance(state, other) == 0
+    net = Net()
+    net.load_state_dict(state)
+    assert {f"net.{name.removesuffix('.weight')}": [rank] for name, rank in ranks(net).items()} == one
+
+
+@pytest.mark.timeout(300)
+def test_a_rule_that_cannot_choose_stops_both(tmp_path):
+    """It fails on the first process alone; the second one must not wait for ever."""
+    callback = DeepTwist(2, "svd", CostBudget("macs", 1e-3))
+    loop = quiet_trainer(tmp_path, Disagree(), callback, strategy="ddp_spawn", devices=2, max_epochs=1)
+    with pytest.raises(mp.ProcessRaisedException, match=r"A budget of 0\.001 of the dense cost"):
+        loop.fit(Module(Net()), loader())

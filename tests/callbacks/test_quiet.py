@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from nets import (
     EPOCH,
+    TARGETS,
     Module,
     Net,
     StepData,
@@ -39,11 +40,16 @@ class Memory(DummyLogger):
         self.rows += [(step, metrics)]
 
     def of(self, prefix):
-        return {
-            s: {k: v for k, v in m.items() if k.startswith(prefix)}
-            for s, m in self.rows
-            if any(k.startswith(prefix) for k in m)
-        }
+        found = {}
+        for step, metrics in self.rows:
+            for key, value in metrics.items():
+                if key.startswith(prefix):
+                    assert key not in found.setdefault(step, {})
+                    found[step][key] = value
+        return found
+
+
+RANKS = {f"lowrank/rank/net.{name}": 2.0 for name in TARGETS}  # of a rule that sees shapes alone: known after a batch
 
 
 def projected(state):
@@ -166,6 +172,7 @@ def test_losses_before_and_after(tmp_path):
     loop.callbacks.insert(0, plain)  # before the distortion
     loop.fit(module, loader())
     rows = logger.of("lowrank/")
+    assert rows.pop(1) == RANKS
     assert sorted(rows) == [2, 4, 6]
     x, y = images()
     for step, row in rows.items():
@@ -187,6 +194,7 @@ def test_delta_w_is_logged_at_each_distortion(tmp_path, every):
     loop = quiet_trainer(tmp_path, DeepTwist(3, "svd", RANK), logger=logger, max_steps=7, log_every_n_steps=every)
     loop.fit(module, loader())
     rows = logger.of("lowrank/")
+    assert rows.pop(1) == RANKS
     assert {3, 6} <= set(rows)
     assert all(set(row) == {"lowrank/delta_w"} and row["lowrank/delta_w"] > 0 for row in rows.values())
 

@@ -25,6 +25,7 @@ from nets import (
 from torch import nn
 
 from lowrank_pl import SVD, BlockSVD, DeepTwist, EnergyThreshold, FixedRank, SpatialSVD, Targets, TiledSVD
+from lowrank_pl.decompositions import Choice
 from lowrank_pl.ranks import RankRule
 
 METHODS = {
@@ -166,30 +167,45 @@ def test_scheduler_and_random_state_are_those_of_the_plain_run(tmp_path):
 @final
 @dataclass(frozen=True, eq=False)
 class Counting(RankRule):
-    """Notes how many layers it was asked for, each time."""
+    """Notes how many layers it was asked for, each time. It might look at weights."""
 
     asked: list
 
     def __call__(self, problems, error_weight=1.0, others=()):
         self.asked.append(sorted(p.name.rpartition(".")[2] for p in problems))
-        return [(2,) * len(p.full) for p in problems]
+        return [Choice(p.decomposition, (2,) * len(p.full)) for p in problems]
 
 
-def test_the_rule_sees_the_weights_once_per_distortion(tmp_path):
+class Projections(DeepTwist):
+    """Notes after which step it projected, and for what."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.projected = []
+
+    def project(self, trainer, plan, occasion):
+        self.projected.append((trainer.global_step, occasion))
+        return super().project(trainer, plan, occasion)
+
+
+def test_the_rule_is_asked_once(tmp_path):
     rule = Counting([])
-    train(tmp_path, DeepTwist(3, "svd", rule), max_steps=8)
-    assert rule.asked == [["conv2", "fc1"]] * (1 + 3)  # the table; steps 3 and 6; the end
+    callback = Projections(3, "svd", rule)
+    train(tmp_path, callback, max_steps=8)
+    assert callback.projected == [(3, "training"), (6, "training"), (8, "end")]
+    assert rule.asked == [["conv2", "fc1"]]  # at step 3
 
 
 def test_a_network_distorted_at_this_step_is_not_distorted_again(tmp_path):
     rule = Counting([])
-    module, callback = Module(), DeepTwist(3, "svd", rule)
+    module, callback = Module(), Projections(3, "svd", rule)
     loop = quiet_trainer(tmp_path, callback, max_steps=EPOCH)  # ends at a multiple of 3, after a validation there
     loop.fit(module, loader(), loader(1))
     after = weights(module.net)
-    assert len(rule.asked) == 1 + 2
+    assert callback.projected == [(3, "training"), (6, "training")]
     loop.test(module, loader(1), verbose=False)
-    assert len(rule.asked) == 1 + 2
+    assert callback.projected == [(3, "training"), (6, "training")]
+    assert len(rule.asked) == 1
     assert distance(after, weights(module.net)) == 0
 
 
@@ -202,12 +218,12 @@ def test_a_threshold_does_not_shrink_what_it_has_projected(tmp_path):
     with callback.training_weights():
         pass
     loop.test(module, loader(1), verbose=False)
-    assert ranks(module.net) == before == {f"{n}.weight": r[0] for n, r in _inner(callback.distortion.ranks)}
+    assert ranks(module.net) == before == {f"{n}.weight": c.rank[0] for n, c in _inner(callback.distortion.choices)}
     assert callback.is_projected()
 
 
 def _inner(chosen):
-    return [(name.removeprefix("net."), rank) for name, rank in chosen.items()]
+    return [(name.removeprefix("net."), choice) for name, choice in chosen.items()]
 
 
 def test_mappings_give_every_layer_its_own(tmp_path):

@@ -7,9 +7,10 @@ from importlib.resources import files
 import pytest
 import torch
 
-from lowrank_pl.compression import make_plan
-from lowrank_pl.decompositions import TiledSVD, count_macs, count_weights
+from lowrank_pl.decompositions import TiledSVD
 from lowrank_pl.models import VGG, CifarResNet
+from lowrank_pl.planning import make_plan
+from lowrank_pl.structures import Dense, total_macs
 from lowrank_pl.surgery import record
 from lowrank_pl.targets import Targets
 
@@ -53,9 +54,11 @@ def test_deeptwist_resnet32():
     for (tile, r), accuracy in table.items():
         large = [spec.operator_shape == (64, 64, 3, 3) for spec in specs]
         assert sum(large) == 9
-        stages = [TiledSVD(tile).stages(s, (r,)) if big else (s,) for s, big in zip(specs, large, strict=True)]
+        tiled = TiledSVD(tile)
+        layouts = [tiled.layout(s, (r,)) if big else Dense(s) for s, big in zip(specs, large, strict=True)]
+        macs = sum(total_macs(layout.stages) for layout in layouts)
         label = f"DeepTwist tiled SVD {tile} x {tile} r={r}"
-        expected[label] = (sum(map(count_macs, stages)), sum(map(count_weights, stages)) + others, accuracy)
+        expected[label] = (macs, sum(layout.num_weights for layout in layouts) + others, accuracy)
     found = points("ResNet32 on CIFAR10")
     assert found.keys() == expected.keys()
     for label, (macs, params, accuracy) in expected.items():

@@ -1,6 +1,23 @@
-"""The best choice of one entry per layer within a budget, exactly: what the rules are measured against."""
+"""What the rules are measured against: the best choice of one entry per layer within a budget, exactly, and counts."""
 
 import numpy as np
+
+
+def count_analyses(monkeypatch, *decompositions):
+    """A list that grows by a weight and what it is decomposed by, whenever one is."""
+    analyzed = []
+
+    def counting(analyze):
+        return lambda self, weight, layer: analyzed.append((weight, self)) or analyze(self, weight, layer)
+
+    for kind in {type(decomposition) for decomposition in decompositions}:
+        monkeypatch.setattr(kind, "analyze", counting(kind.analyze))
+    return analyzed
+
+
+def count_weights(stages):
+    """Of the linear maps that a structure consists of."""
+    return sum(stage.num_weights for stage in stages)
 
 
 def least_loss(tables, budget):

@@ -1,18 +1,19 @@
 """The caps R_k of the LC paper's equation 1, against brute force."""
 
+from functools import partial
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from optimum import least_loss
+from optimum import count_analyses, least_loss
 from torch import nn
 
 from lowrank_pl import DeepTwist, LearningCompression
-from lowrank_pl.compression import make_plan
-from lowrank_pl.decompositions import SVD, Cheapest, SpatialSVD, Tucker2, count_weights
+from lowrank_pl.decompositions import DENSE, SVD, ZERO, Cheapest, Choice, SpatialSVD, Tucker2
 from lowrank_pl.layers import spec_of
 from lowrank_pl.methods import c_step
+from lowrank_pl.planning import make_plan
 from lowrank_pl.ranks import CostBudget, CostPenalty, RankProblem
 from lowrank_pl.surgery import record
 from lowrank_pl.targets import Targets
@@ -33,23 +34,21 @@ def problems_of(decomposition, least=1, count=3):
 
 
 def allowed(problem, cap):
-    """`{rank: (weights, error)}` of all ranks up to the cap that have fewer weights than the layer, by factoring; of
+    """`{choice: (weights, error)}` of all ranks up to the cap that have fewer weights than the layer, by factoring; of
     the dense layer where its full rank is no larger; of rank 0."""
-    mixed = isinstance(problem.decomposition, Cheapest)
-    members = problem.decomposition.members if mixed else [problem.decomposition]
     found = {}
-    for i, member in enumerate(members):
+    for member in problem.candidates:
         full = member.full_rank(problem.layer)
-        tails = member.spectra(problem.weight, problem.layer)
+        tails = member.analyze(problem.weight, problem.layer).errors
         for rank in product(*(range(1, min(most, cap) + 1) for most in full)):
-            weights = count_weights(member.stages(problem.layer, rank))
+            weights = member.layout(problem.layer, rank).num_weights
             if weights < problem.layer.num_weights:
                 error = sum(float(tail[r]) for tail, r in zip(tails, rank, strict=True))
-                found[(i, *rank) if mixed else rank] = (weights, error)
+                found[Choice(member, rank)] = (weights, error)
         if max(full) <= cap:
-            found[problem.full] = (problem.layer.num_weights, 0.0)
+            found[DENSE] = (problem.layer.num_weights, 0.0)
     if problem.least == 0:
-        found[(0,) * len(problem.full)] = (0, float(problem.weight.square().sum()))
+        found[ZERO] = (0, float(problem.weight.square().sum()))
     return found
 
 
@@ -60,25 +59,30 @@ def test_against_brute_force(decomposition, least, cap):
     problems = problems_of(decomposition, least)
     tables = [allowed(problem, cap) for problem in problems]
     for lambda_ in (0.0, 1e2, 1e3, 1e4, 1e7):
-        for problem, table, rank in zip(problems, tables, CostPenalty(lambda_, "params", cap)(problems), strict=True):
-            assert rank in table, problem.name  # in particular not dense
-            values = {r: lambda_ / 1e6 * weights + error for r, (weights, error) in table.items()}
-            assert values[rank] == pytest.approx(min(values.values()), rel=1e-9)
+        choices = CostPenalty(lambda_, "params", cap)(problems)
+        for problem, table, choice in zip(problems, tables, choices, strict=True):
+            assert choice in table, problem.name  # in particular not dense
+            values = {each: lambda_ / 1e6 * weights + error for each, (weights, error) in table.items()}
+            assert values[choice] == pytest.approx(min(values.values()), rel=1e-9)
     dense = sum(problem.layer.num_weights for problem in problems)
     for ratio in (0.3, 0.6, 1.0):
-        ranks = CostBudget("params", ratio, cap)(problems)
-        chosen = [table[rank] for table, rank in zip(tables, ranks, strict=True)]
+        choices = CostBudget("params", ratio, cap)(problems)
+        chosen = [table[choice] for table, choice in zip(tables, choices, strict=True)]
         assert sum(weights for weights, _ in chosen) <= ratio * dense
         best = least_loss([np.transpose(list(table.values())) for table in tables], ratio * dense)
         assert sum(error for _, error in chosen) <= 1.0011 * best + 1e-12
+
+
+def svds(*ranks):
+    return [Choice(SVD(), (r,)) for r in ranks]
 
 
 def test_a_mapping_caps_the_layers_that_it_names():
     problems = problems_of(SVD())
     most = {"conv1": 2, "conv*": 4, "*2": 1}
     for rule in (CostPenalty(0.0, "params", most), CostBudget("params", 1.0, most)):
-        assert rule(problems) == [(4,), (2,), (4,)]
-    assert CostPenalty(0.0, "params", {"conv1": 2})(problems) == [(6,), (2,), (10,)]
+        assert rule(problems) == svds(4, 2, 4)
+    assert CostPenalty(0.0, "params", {"conv1": 2})(problems) == [DENSE, *svds(2), DENSE]
     with pytest.raises(ValueError, match=r"Pattern 'fc' in `most` matches none"):
         CostPenalty(0.0, "params", {"fc": 2})(problems)
     assert CostPenalty(0.0, "params", {"fc": 2})([]) == []
@@ -90,7 +94,7 @@ def test_a_cap_that_leaves_nothing_cheaper_is_refused():
         problem = RankProblem("small", spec_of(layer), SVD(), layer.weight.detach(), least=least)
         with pytest.raises(ValueError, match="Layer 'small': no rank up to the cap of 1 is cheaper"):
             CostPenalty(0.0, "params", 1)([problem])
-        assert CostPenalty(0.0, "params", 2)([problem]) == [(2,)]
+        assert CostPenalty(0.0, "params", 2)([problem]) == [DENSE]
 
 
 @pytest.mark.parametrize("by_budget", [False, True])
@@ -104,10 +108,11 @@ def test_learning_compression_and_deeptwist_keep_to_the_caps(by_budget):
     )
     callback = LearningCompression(**given, l_step_epochs=1, targets=targets)
     plan = make_plan(net, "svd", callback.rule, targets, trace, training=True)
+    expected = dict(zip("024", svds(3, 5, 3), strict=True))
     state = None
     for mu in (0.1, 0.2, 0.4):
         state, _ = c_step(plan, callback.rule, state, mu, 2 * mu)
-        assert state.ranks == {"0": (3,), "2": (5,), "4": (3,)}
+        assert state.choices == expected
         assert [int(torch.linalg.matrix_rank(s.reconstruct().flatten(1))) for s in state.structures.values()] == [
             3,
             5,
@@ -115,7 +120,23 @@ def test_learning_compression_and_deeptwist_keep_to_the_caps(by_budget):
         ]
     rule = CostBudget("macs", 1.0, most) if by_budget else CostPenalty(0.0, "macs", most)
     twist = DeepTwist(S_D=1, method="svd", rank=rule, targets=targets)
-    assert make_plan(net, "svd", twist.rank, targets, trace).choose_ranks() == {"0": (3,), "2": (5,), "4": (3,)}
+    assert make_plan(net, "svd", twist.rank, targets, trace).choose_ranks() == expected
+
+
+@pytest.mark.parametrize("most", [None, 3, {"conv1": 2}], ids=str)
+@pytest.mark.parametrize(
+    "kind", [partial(CostPenalty, 0.5), partial(CostBudget, ratio=0.5)], ids=lambda k: k.func.__name__
+)
+@pytest.mark.parametrize("decomposition", [SVD(), CHEAPEST], ids=lambda d: type(d).__name__)
+def test_ranks_and_factors_come_from_one_decomposition(monkeypatch, kind, most, decomposition):
+    """Of each weight by each structure, with caps too."""
+    problems = problems_of(decomposition)
+    expected = [(id(problem.weight), member) for problem in problems for member in problem.candidates]
+    analyzed = count_analyses(monkeypatch, *problems[0].candidates)
+    for problem, choice in zip(problems, kind(cost="params", most=most)(problems), strict=True):
+        assert problem.errors
+        problem.structure(choice)
+    assert [(id(weight), member) for weight, member in analyzed] == expected
 
 
 def test_a_budget_has_its_own_caps():

@@ -9,7 +9,7 @@ import torch
 from cases import DECOMPOSITIONS, LAYERS, make_layer, make_problem, supports
 from torch import nn
 
-from lowrank_pl.decompositions import SVD, TiledSVD, Tucker2
+from lowrank_pl.decompositions import SVD, Choice, TiledSVD, Tucker2
 from lowrank_pl.layers import spec_of
 from lowrank_pl.models import VGG
 from lowrank_pl.ranks import CompressionRatio, EnergyThreshold, FixedRank, RankFraction, RankProblem
@@ -39,9 +39,10 @@ def test_compression_ratio(decomposition, name):
                        for share in np.arange(1, 2001) / 2000})  # fmt: skip
     sizes = {rank: stored(problem, rank) for rank in path}
     for x in (1, 1.3, 2.0, 3.7, 6.0, 50.0):
-        (rank,) = CompressionRatio(x)([problem])
+        (choice,) = CompressionRatio(x)([problem])
         fitting = [rank for rank in path if dense / sizes[rank] >= x]
-        assert rank == (fitting[-1] if fitting else path[0])
+        assert choice == Choice(decomposition, fitting[-1] if fitting else path[0])
+        rank = choice.rank
         note = CompressionRatio(x).note(problem, rank)
         assert note is None if fitting else f"{dense / sizes[rank]:.2f}x" in note
 
@@ -50,12 +51,12 @@ def test_compression_ratio(decomposition, name):
 def test_rank_fraction_rounds_half_up(share, expected):
     layer = nn.Linear(20, 10)
     problem = RankProblem("fc", spec_of(layer), SVD(), layer.weight.detach())
-    assert RankFraction(share)([problem]) == [(expected,)]
+    assert RankFraction(share)([problem]) == [Choice(SVD(), (expected,))]
 
 
 def test_rank_fraction_of_several_entries():
     problem = make_problem(Tucker2(), "conv2d_more_inputs")  # 14 inputs, 5 outputs
-    assert RankFraction(0.3)([problem]) == [(4, 2)]
+    assert RankFraction(0.3)([problem]) == [Choice(Tucker2(), (4, 2))]
 
 
 @each_pair
@@ -69,13 +70,15 @@ def test_energy_threshold(decomposition, name):
 
     if len(problem.full) > 1:
         for p in (0.05, 0.3, 0.6, 0.9):
-            (rank,) = EnergyThreshold(p)([problem])
-            assert error(rank) <= (1 - p) * norm * (1 + 1e-9)
+            (choice,) = EnergyThreshold(p)([problem])
+            assert choice.decomposition == decomposition
+            assert error(choice.rank) <= (1 - p) * norm * (1 + 1e-9)
         return
     errors = {rank: error(rank) for rank in all_ranks(problem.full)}
     for p in (0.05, 0.3, 0.6, 0.9, 0.999):
         allowed = (1 - p) * norm * (1 + 1e-9)
-        assert EnergyThreshold(p)([problem]) == [next(rank for rank in errors if errors[rank] <= allowed)]
+        smallest = next(rank for rank in errors if errors[rank] <= allowed)
+        assert EnergyThreshold(p)([problem]) == [Choice(decomposition, smallest)]
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if supports(Tucker2(), make_layer(name)[0])])
@@ -91,9 +94,9 @@ def test_energy_threshold_of_tucker_is_the_smallest_within_the_bound(name):
     for p in (0.05, 0.3, 0.6, 0.9):
         allowed = (1 - p) ** 2 * np.square(kernel).sum()
         within = [(a, b) for a, b in all_ranks(problem.full) if tails[0][a] + tails[1][b] <= allowed]
-        (rank,) = EnergyThreshold(p)([problem])
-        assert rank in within
-        assert problem.num_weights(rank) == min(problem.num_weights(other) for other in within)
+        (choice,) = EnergyThreshold(p)([problem])
+        assert choice.rank in within
+        assert problem.num_weights(choice.rank) == min(problem.num_weights(other) for other in within)
 
 
 def test_energy_threshold_in_float32():
@@ -101,15 +104,16 @@ def test_energy_threshold_in_float32():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(30, 3, generator=generator) @ torch.randn(3, 40, generator=generator)
     problem = RankProblem("fc", spec_of(nn.Linear(40, 30)), SVD(), weight)
-    assert EnergyThreshold(0.99999)([problem]) == [(3,)]
+    assert EnergyThreshold(0.99999)([problem]) == [Choice(SVD(), (3,))]
 
 
 @each_pair
 def test_fixed_rank(decomposition, name):
     problem = make_problem(decomposition, name)
     for r in (1, 2, 5, 1000):
-        (rank,) = FixedRank(r)([problem])
-        assert rank == tuple(min(r, most) for most in problem.full)
+        (choice,) = FixedRank(r)([problem])
+        assert choice == Choice(decomposition, tuple(min(r, most) for most in problem.full))
+        rank = choice.rank
         note = FixedRank(r).note(problem, rank)
         assert (note is not None) == (rank != (r,) * len(rank))
         assert note is None or str(r) in note
@@ -127,11 +131,11 @@ def vgg19_problems(decomposition):
 def test_tiled_vgg19(r, expected):
     """Lee et al. (2019), Table 2, in units of 2^20 weights; its 5.55 for r = 9 is a misprint."""
     problems = vgg19_problems(TiledSVD(64))
-    ranks = FixedRank(r)(problems)
-    total = sum(problem.num_weights(rank) for problem, rank in zip(problems, ranks, strict=True))
+    choices = FixedRank(r)(problems)
+    total = sum(problem.num_weights(choice.rank) for problem, choice in zip(problems, choices, strict=True))
     assert total / 2**20 == pytest.approx(expected, abs=5e-4)
     if r in (16, 8):  # twice and four times fewer
-        assert CompressionRatio(32 / r)(problems) == ranks
+        assert CompressionRatio(32 / r)(problems) == choices
 
 
 @pytest.mark.parametrize(("R_c", "published"), [(0.6, 9.14), (0.5, 6.71), (0.45, 5.49), (0.4, 4.61)])
@@ -139,13 +143,13 @@ def test_tucker_vgg19(R_c, published):
     """Lee et al. (2019), Table 2. With 0.5 there is nothing to round: 6.894, so that no rounding gives their counts,
     which are up to 5 percent lower throughout."""
     problems = vgg19_problems(Tucker2())
-    ranks = RankFraction(R_c)(problems)
+    choices = RankFraction(R_c)(problems)
     expected = 0
     for problem in problems:
         outputs, inputs, height, width = problem.weight.shape
         a, b = round(R_c * inputs), round(R_c * outputs)
         expected += a * inputs + height * width * a * b + b * outputs
-    total = sum(problem.num_weights(rank) for problem, rank in zip(problems, ranks, strict=True))
+    total = sum(problem.num_weights(choice.rank) for problem, choice in zip(problems, choices, strict=True))
     assert total == expected
     assert published < total / 2**20 < 1.05 * published
 
@@ -153,5 +157,5 @@ def test_tucker_vgg19(R_c, published):
 def test_problems_see_the_decomposition():
     problem = make_problem(Tucker2(), "conv2d")
     assert problem.full == (8, 12)
-    assert [len(spectrum) for spectrum in problem.spectra] == [9, 13]
-    assert dataclasses.replace(problem, decomposition=SVD()).full == (12,)
+    assert [len(errors) for errors in problem.errors] == [9, 13]
+    assert dataclasses.replace(problem, method=SVD()).full == (12,)

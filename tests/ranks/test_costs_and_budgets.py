@@ -6,24 +6,16 @@ from itertools import product
 import pytest
 import torch
 import torchvision
+from optimum import count_weights
 from torch import nn
 
 from lowrank_pl.costs import Macs, Params
-from lowrank_pl.decompositions import (
-    SVD,
-    BlockSVD,
-    Cheapest,
-    SpatialSVD,
-    TiledSVD,
-    Tucker2,
-    chosen,
-    count_macs,
-    count_weights,
-)
+from lowrank_pl.decompositions import DENSE, SVD, ZERO, BlockSVD, Cheapest, Choice, SpatialSVD, TiledSVD, Tucker2
 from lowrank_pl.layers import spec_of
 from lowrank_pl.models import VGG, CifarResNet, LeNet5, LeNet300
 from lowrank_pl.planning import make_plan
 from lowrank_pl.ranks import CostBudget, CostPenalty, GreedyEnergy, RankProblem
+from lowrank_pl.structures import total_macs
 from lowrank_pl.surgery import record
 from lowrank_pl.targets import Targets
 
@@ -45,12 +37,13 @@ def brute_force(problem, lambda_, error_weight, count):
     best = [(lambda_ * dense, 0.0)]
     if problem.least == 0:
         best.append((error_weight * float(problem.weight.square().sum()), -1.0))
-    members = problem.decomposition.members if isinstance(problem.decomposition, Cheapest) else [problem.decomposition]
-    for member in members:
+    for member in problem.candidates:
         for rank in product(*(range(1, most + 1) for most in member.full_rank(problem.layer))):
-            price = count(member.stages(problem.layer, rank))
-            if price < dense and member.layout(problem.layer, rank).num_weights < problem.layer.num_weights:
-                tails = member.analyze(problem.weight, problem.layer).errors  # for Tucker-2 a bound, which is what is promised
+            layout = member.layout(problem.layer, rank)
+            price = count(layout.stages)
+            if price < dense and layout.num_weights < problem.layer.num_weights:
+                # for Tucker-2 a bound, which is what is promised
+                tails = member.analyze(problem.weight, problem.layer).errors
                 error = sum(float(s[r]) for s, r in zip(tails, rank, strict=True))
                 best.append((lambda_ * price + error_weight * error, price))
     return min(best)[0]
@@ -58,39 +51,39 @@ def brute_force(problem, lambda_, error_weight, count):
 
 @pytest.mark.parametrize("decomposition", [*STRUCTURES, Cheapest(*STRUCTURES)], ids=lambda d: type(d).__name__)
 @pytest.mark.parametrize("least", [0, 1])
-@pytest.mark.parametrize(("cost", "count"), [("macs", count_macs), ("params", count_weights)])
+@pytest.mark.parametrize(("cost", "count"), [("macs", total_macs), ("params", count_weights)])
 def test_the_penalty_against_brute_force(decomposition, least, cost, count):
     problem = problem_of(decomposition, least, cost_weight=1.7)
     seen = set()
     for lambda_, error_weight in product((0.0, 1.0, 30.0, 300.0, 3e3, 3e4, 1e7), (0.5, 1.0)):
-        (rank,) = CostPenalty(lambda_, cost)([problem], error_weight)
-        price, error = value_of(problem, rank, count)
+        (choice,) = CostPenalty(lambda_, cost)([problem], error_weight)
+        price, error = value_of(problem, choice, count)
         found = 1.7 * lambda_ / 1e6 * price + error_weight * error
         assert found == pytest.approx(
             brute_force(problem, 1.7 * lambda_ / 1e6, error_weight, count), rel=1e-9, abs=1e-15
         )
-        seen.add(rank)
+        seen.add(choice)
     assert len(seen) >= 2
-    assert problem.full in seen
-    assert ((0,) * len(problem.full) in seen) == (least == 0)
+    assert DENSE in seen
+    assert (ZERO in seen) == (least == 0)
 
 
-def value_of(problem, rank, count):
-    if not any(rank):
+def value_of(problem, choice, count):
+    if choice == ZERO:
         return 0.0, float(problem.weight.square().sum())
-    if rank == problem.full:
+    if choice == DENSE:
         return count((problem.layer,)), 0.0
-    member, own = chosen(problem.decomposition, rank)
-    tails = member.analyze(problem.weight, problem.layer).errors
-    return count(member.stages(problem.layer, own)), sum(float(s[r]) for s, r in zip(tails, own, strict=True))
+    tails = choice.decomposition.analyze(problem.weight, problem.layer).errors
+    error = sum(float(s[r]) for s, r in zip(tails, choice.rank, strict=True))
+    return count(choice.layout(problem.layer).stages), error
 
 
 def test_ties_go_to_the_smaller_rank():
     layer = nn.Linear(20, 10, bias=False).double()
     weight = torch.zeros(10, 20, dtype=torch.float64)
     problem = RankProblem("fc", spec_of(layer), SVD(), weight)
-    assert CostPenalty(1.0, "params")([problem]) == [(1,)]
-    assert CostPenalty(1.0, "params")([dataclasses.replace(problem, least=0)]) == [(0,)]
+    assert CostPenalty(1.0, "params")([problem]) == [Choice(SVD(), (1,))]
+    assert CostPenalty(1.0, "params")([dataclasses.replace(problem, least=0)]) == [ZERO]
 
 
 NETWORKS = {
@@ -116,18 +109,18 @@ def test_a_budget_is_met_to_within_one_rank(traced, cost, ratio):
     if isinstance(net, torchvision.models.AlexNet) and ratio == 0.2 and isinstance(cost, Params):
         ratio = 0.3  # its last linear layer, which is left out, is more than a tenth of it
     plan = make_plan(net, "svd", CostBudget(cost, ratio), None, trace)
-    ranks = plan.choose_ranks()
+    choices = plan.choose_ranks()
 
-    def spent(ranks):
-        compressed = sum(c.cost(cost, ranks[c.name]) for c in plan.compressions)
+    def spent(choices):
+        compressed = sum(c.cost(cost, choices[c.name]) for c in plan.compressions)
         return compressed + sum(cost(spec) for spec in plan.others(plan.compressions))
 
     dense = sum(cost(spec) for spec in plan.specs.values())
-    assert spent(ranks) <= ratio * dense
+    assert spent(choices) <= ratio * dense
     for c in plan.compressions:
-        (r,) = ranks[c.name]
-        if c.is_cheaper((r,)):
-            assert spent({**ranks, c.name: (r + 1,)}) > ratio * dense, c.name
+        if c.is_cheaper(choices[c.name]):
+            larger = Choice(SVD(), (choices[c.name].rank[0] + 1,))
+            assert spent({**choices, c.name: larger}) > ratio * dense, c.name
 
 
 def test_an_unreachable_budget_says_what_can_be_reached(traced):
@@ -137,8 +130,8 @@ def test_an_unreachable_budget_says_what_can_be_reached(traced):
     least = float(str(refused.value).split("ranks cost ")[1].split()[0])
     for rule in (CostBudget("macs", least + 1e-4), GreedyEnergy("macs", least + 1e-4)):
         plan = make_plan(net, "svd", rule, None, trace)
-        ranks = plan.choose_ranks()
-        spent = sum(c.cost(Macs(), ranks[c.name]) for c in plan.compressions)
+        choices = plan.choose_ranks()
+        spent = sum(c.cost(Macs(), choices[c.name]) for c in plan.compressions)
         dense = sum(spec.macs for spec in plan.specs.values())
         assert spent + sum(spec.macs for spec in plan.others(plan.compressions)) <= (least + 1e-4) * dense
 
@@ -146,10 +139,10 @@ def test_an_unreachable_budget_says_what_can_be_reached(traced):
 @pytest.mark.parametrize("decomposition", [SVD(), Tucker2(), Cheapest("svd", "spatial_svd")], ids=str)
 def test_a_budget_over_its_ratio_spends_as_a_penalty_would(decomposition):
     problems = [problem_of(decomposition, seed=seed, scale=1.0 + seed) for seed in range(4)]
-    ranks, lambda_ = CostBudget("params", 0.4).solve(problems, 1.0, ())
+    choices, lambda_ = CostBudget("params", 0.4).solve(problems, 1.0, ())
     penalized = CostPenalty(lambda_, "params")(problems)
-    cost = [value_of(p, rank, count_weights)[0] for p, rank in zip(problems, ranks, strict=True)]
-    without = [value_of(p, rank, count_weights)[0] for p, rank in zip(problems, penalized, strict=True)]
+    cost = [value_of(p, choice, count_weights)[0] for p, choice in zip(problems, choices, strict=True)]
+    without = [value_of(p, choice, count_weights)[0] for p, choice in zip(problems, penalized, strict=True)]
     assert sum(cost) >= sum(without)  # what was left is spent
     assert sum(cost) <= 0.4 * 4 * 8 * 12 * 9
 
@@ -169,9 +162,9 @@ def test_any_function_can_be_a_cost():
         calls.append(layer)
         return 10.0 if layer.kernel == (1, 1) else float(layer.out_channels)
 
-    (rank,) = CostBudget(stages, 1.0)([problem_of(SVD())])
+    (choice,) = CostBudget(stages, 1.0)([problem_of(SVD())])
     assert calls
-    assert rank == (12,) or 10 + rank[0] <= 12
+    assert choice == DENSE or 10 + choice.rank[0] <= 12
 
 
 def test_macs_need_a_layer_that_ran():
@@ -196,5 +189,6 @@ def test_the_counts_of_the_lc_paper(net, shape, ranks, macs):
     model = net().eval()
     everything = Targets(skip_first=False, skip_last=False)
     plan = make_plan(model, "svd", None, everything, record(model, torch.randn(2, *shape)))
-    stages = [c.decomposition.stages(c.layer, (r,)) for c, r in zip(plan.compressions, ranks, strict=True)]
-    assert sum(map(count_macs, stages)) == macs
+    layouts = [Choice(SVD(), (r,)).layout(c.layer) for c, r in zip(plan.compressions, ranks, strict=True)]
+    assert [c.method for c in plan.compressions] == [SVD()] * len(ranks)
+    assert sum(total_macs(layout.stages) for layout in layouts) == macs

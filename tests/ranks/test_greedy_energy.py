@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from optimum import least_loss
+from optimum import count_weights, least_loss
 from torch import nn
 
-from lowrank_pl.compression import make_plan
-from lowrank_pl.decompositions import SVD, BlockSVD, Cheapest, SpatialSVD, TiledSVD, Tucker2, count_macs, count_weights
+from lowrank_pl.decompositions import DENSE, SVD, BlockSVD, Cheapest, Choice, SpatialSVD, TiledSVD, Tucker2
 from lowrank_pl.layers import spec_of
 from lowrank_pl.models import CifarResNet, LeNet5, LeNet300, load_weights
+from lowrank_pl.planning import make_plan
 from lowrank_pl.ranks import GreedyEnergy, RankProblem, enumerate_ranks
+from lowrank_pl.structures import total_macs
 from lowrank_pl.surgery import record
 from lowrank_pl.targets import Targets
 
@@ -38,27 +39,24 @@ def matrices(decomposition, weight):
 
 
 def candidates(problem, count):
-    """`(rank, cost of the factors, deployed cost, logarithm of the kept share, the same as deployed)` at every rank."""
+    """`(choice, cost of the factors, deployed cost, logarithm of the kept share, that as deployed)` at every rank."""
     weight, layer = problem.weight.numpy(), problem.layer
     energy, dense = np.square(weight).sum(), count((layer,))
-    mixed = isinstance(problem.decomposition, Cheapest)
-    members = problem.decomposition.members if mixed else [problem.decomposition]
     found = []
-    for number, member in enumerate(members):
+    for member in problem.candidates:
         tails = []
         for entry in matrices(member, weight):
             squares = np.sum([np.linalg.svd(m, compute_uv=False) ** 2 for m in entry], axis=0)
             tails.append([squares[r:].sum() for r in range(len(squares) + 1)])
         for rank in product(*(range(1, len(tail)) for tail in tails)):
-            stages = member.stages(layer, rank)
+            choice, layout = Choice(member, rank), member.layout(layer, rank)
             share = 1 - sum(tail[r] for tail, r in zip(tails, rank, strict=True)) / energy
             kept = np.log(max(share, 1e-9))  # Tucker-2's bound can leave nothing
-            cost = count(stages)
-            key = (number, *rank) if mixed else rank
-            if cost < dense and count_weights(stages) < layer.num_weights:
-                found.append((key, cost, cost, kept, kept))
+            cost = count(layout.stages)
+            if cost < dense and layout.num_weights < layer.num_weights:
+                found.append((choice, cost, cost, kept, kept))
             else:
-                found.append((problem.full, cost, dense, kept, 0.0))
+                found.append((DENSE, cost, dense, kept, 0.0))
     return found
 
 
@@ -88,13 +86,16 @@ def naive(problems, count, budget):
         at[k] = entry
 
 
+SMALLEST = Choice(SVD(), (1,))
+
+
 def a_function(stages):
     return sum(7.0 + 3.0 * stage.out_channels + stage.num_weights**0.9 for stage in stages)
 
 
 COSTS = {
     "params": ("params", count_weights),
-    "macs": ("macs", count_macs),
+    "macs": ("macs", total_macs),
     "function": (lambda layer: a_function([layer]), a_function),
 }
 
@@ -123,12 +124,12 @@ def test_against_a_naive_one(decomposition, cost):
     seen = set()
     for ratio in (0.95, 0.8, 0.65, 0.5, 0.35, 0.25):
         try:
-            ranks = GreedyEnergy(named, ratio)(problems)
+            choices = GreedyEnergy(named, ratio)(problems)
         except ValueError:
             assert sum(min(entry[2] for entry in candidates(p, count)) for p in problems) > ratio * dense
             continue
-        assert ranks == naive(problems, count, ratio * dense)
-        seen.add(tuple(ranks))
+        assert choices == naive(problems, count, ratio * dense)
+        seen.add(tuple(choices))
     assert len(seen) >= 3
 
 
@@ -136,8 +137,8 @@ def test_a_budget_just_reachable_and_one_that_asks_for_nothing():
     problems = three_layers(SVD())
     dense = sum(problem.layer.num_weights for problem in problems)
     least = sum(problem.num_weights((1,)) for problem in problems)
-    assert GreedyEnergy("params", least / dense)(problems) == [(1,), (1,), (1,)]
-    assert GreedyEnergy("params", 1.0)(problems) == [(12,), (12,), (12,)]
+    assert GreedyEnergy("params", least / dense)(problems) == [SMALLEST] * 3
+    assert GreedyEnergy("params", 1.0)(problems) == [DENSE] * 3
 
 
 def test_a_layer_that_no_rank_makes_cheaper_stays_dense():
@@ -146,25 +147,26 @@ def test_a_layer_that_no_rank_makes_cheaper_stays_dense():
     problems = [RankProblem("thin", spec_of(layer), SVD(), layer.weight.detach()), *three_layers(SVD())]
     dense = sum(problem.layer.num_weights for problem in problems)
     least = 40 + sum(problem.num_weights((1,)) for problem in problems[1:])
-    assert GreedyEnergy("params", least / dense)(problems) == [(1,), (1,), (1,), (1,)]
-    ranks = GreedyEnergy("params", 0.6)(problems)
-    assert ranks[1:] == naive(problems[1:], count_weights, 0.6 * dense - 40)
+    assert GreedyEnergy("params", least / dense)(problems) == [DENSE, *[SMALLEST] * 3]
+    thin, *choices = GreedyEnergy("params", 0.6)(problems)
+    assert thin == DENSE
+    assert choices == naive(problems[1:], count_weights, 0.6 * dense - 40)
 
 
 def shortage(net, shape, ratio, method="svd", cost="macs"):
     """By how much the logarithm of the product of the kept shares is below the best that the budget allows."""
     rule = GreedyEnergy(cost, ratio)
     plan = make_plan(net, method, rule, Targets(skip_first=False, skip_last=False), record(net, torch.zeros(1, *shape)))
-    ranks = plan.choose_ranks()
+    chosen = plan.choose_ranks()
     tables, found, spent = [], 0.0, 0.0
     for c in plan.compressions:
-        choices = enumerate_ranks(RankProblem(c.name, c.layer, c.decomposition, c.weight), rule.cost)
-        shares = np.maximum(1 - choices.errors / float(c.weight.double().square().sum()), 1e-9)
+        choices = enumerate_ranks(c.problem(), rule.charged)
+        shares = np.maximum(1 - choices.errors / float(c.read().double().square().sum()), 1e-9)
         tables.append((choices.costs, -np.log(shares)))
-        i = choices.index(ranks[c.name])
+        i = choices.index(chosen[c.name])
         found, spent = found - np.log(shares[i]), spent + choices.costs[i]
-    rest = sum(rule.cost(layer) for layer in plan.others(plan.compressions))
-    dense = sum(rule.cost(layer) for layer in plan.specs.values())
+    rest = sum(rule.charged(layer) for layer in plan.others(plan.compressions))
+    dense = sum(rule.charged(layer) for layer in plan.specs.values())
     assert spent + rest <= ratio * dense
     return found - least_loss(tables, ratio * dense - rest)
 

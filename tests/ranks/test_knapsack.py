@@ -8,7 +8,7 @@ import torch
 from optimum import least_loss
 from torch import nn
 
-from lowrank_pl.decompositions import SVD, BlockSVD, Cheapest, SpatialSVD, TiledSVD, Tucker2
+from lowrank_pl.decompositions import DENSE, SVD, BlockSVD, Cheapest, SpatialSVD, TiledSVD, Tucker2
 from lowrank_pl.layers import spec_of
 from lowrank_pl.ranks import CostBudget, RankProblem, enumerate_ranks, knapsack
 from lowrank_pl.ranks.knapsack import fill, improve, spent
@@ -39,7 +39,7 @@ def tiny_network(seed):
 def test_the_optimum_of_these_tests():
     """Against all pairs."""
     for seed in range(20):
-        tables = [enumerate_ranks(problem, CostBudget("params").cost) for problem in tiny_network(seed)[:2]]
+        tables = [enumerate_ranks(problem, CostBudget("params").charged) for problem in tiny_network(seed)[:2]]
         budget = 0.4 * sum(table.costs[-1] for table in tables) + 0.6 * sum(table.costs[0] for table in tables)
         pairs = product(*(list(zip(table.costs, table.errors, strict=True)) for table in tables))
         best = min(a[1] + b[1] for a, b in pairs if a[0] + b[0] <= budget)
@@ -52,16 +52,16 @@ def test_sixty_tiny_networks(cost):
     ratios = []
     for seed in range(60):
         problems = tiny_network(seed)
-        tables = [enumerate_ranks(problem, CostBudget(cost).cost) for problem in problems]
+        tables = [enumerate_ranks(problem, CostBudget(cost).charged) for problem in problems]
         dense, least = (sum(table.costs[i] for table in tables) for i in (-1, 0))
         ratio = float(least / dense + np.random.default_rng(seed).uniform(0.02, 0.95) * (1 - least / dense))
-        ranks, lambda_ = CostBudget(cost, ratio).solve(problems, 1.0, ())
-        places = [table.index(rank) for table, rank in zip(tables, ranks, strict=True)]
+        choices, lambda_ = CostBudget(cost, ratio).solve(problems, 1.0, ())
+        places = [table.index(choice) for table, choice in zip(tables, choices, strict=True)]
         losses = [table.errors / p.cost_weight for table, p in zip(tables, problems, strict=True)]
         assert spent([table.costs for table in tables], places) <= ratio * dense
         best = least_loss([(t.costs, loss) for t, loss in zip(tables, losses, strict=True)], ratio * dense)
         ratios.append(spent(losses, places) / best)
-        assert CostBudget(cost, ratio).solve(problems, 7.0, ())[0] == ranks  # mu scales the lambda alone
+        assert CostBudget(cost, ratio).solve(problems, 7.0, ())[0] == choices  # mu scales the lambda alone
         assert CostBudget(cost, ratio).solve(problems, 7.0, ())[1] == pytest.approx(7 * lambda_)
     assert min(ratios) >= 1 - 1e-9
     assert max(ratios) <= 1.0011  # 1.75 without exchanges
@@ -156,11 +156,11 @@ def test_weights_that_were_all_zeros_at_the_start_come_first():
     problems = tiny_network(1)
     zero = [RankProblem("zero", problems[0].layer, SVD(), problems[0].weight, 0.0, 0), *problems[1:]]
     with np.errstate(all="raise"):
-        ranks = CostBudget("params", 0.7)(zero)
-        assert ranks[0] == zero[0].full
+        choices = CostBudget("params", 0.7)(zero)
+        assert choices[0] == DENSE
         tight = CostBudget("params", 0.1)(zero)
-    assert tight[0] != zero[0].full
-    assert CostBudget("params", 0.5)([zero[0]])[0] != zero[0].full
+    assert tight[0] != DENSE
+    assert CostBudget("params", 0.5)([zero[0]])[0] != DENSE
 
 
 def test_a_budget_just_reachable():
@@ -176,7 +176,7 @@ def test_a_budget_just_reachable():
         dense = sum(cost(problem.layer) for problem in problems) + cost(others[0])
         least = sum(table.costs[0] for table in tables) + cost(others[0])
         try:
-            ranks = CostBudget(cost, least / dense)(problems, 1.0, others)
+            choices = CostBudget(cost, least / dense)(problems, 1.0, others)
         except ValueError:  # by the last bit
             continue
-        assert ranks == [table.ranks[0] for table in tables]
+        assert choices == [table.choices[0] for table in tables]

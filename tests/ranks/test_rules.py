@@ -7,7 +7,9 @@ from functools import partial
 import pytest
 import torch
 from cases import DECOMPOSITIONS, LAYERS, RULES, finals, make_layer, make_problem, supports
+from optimum import count_analyses
 
+from lowrank_pl.decompositions import DENSE, SVD, Choice
 from lowrank_pl.ranks import (
     CompressionRatio,
     CostBudget,
@@ -42,14 +44,23 @@ def test_final_and_frozen(kind):
 @each_decomposition
 def test_one_rank_within_bounds_for_each_problem(decomposition, rule):
     problems = problems_of(decomposition)
-    ranks = rule(problems)
-    assert len(ranks) == len(problems)
-    for problem, rank in zip(problems, ranks, strict=True):
+    choices = rule(problems)
+    assert len(choices) == len(problems)
+    for problem, choice in zip(problems, choices, strict=True):
         full = decomposition.full_rank(problem.layer)
-        assert isinstance(rank, tuple)
-        assert len(rank) == len(full)
-        assert all(type(r) is int and 1 <= r <= most for r, most in zip(rank, full, strict=True))
-        decomposition.factor(problem.weight, problem.layer, rank)
+        assert isinstance(choice, Choice)
+        assert isinstance(choice.rank, tuple)
+        structure = problem.structure(choice)
+        assert structure.layout == choice.layout(problem.layer)
+        if choice == DENSE:
+            assert rule.compares
+            assert torch.equal(structure.reconstruct(), problem.weight)
+            continue
+        assert choice.decomposition == decomposition
+        assert len(choice.rank) == len(full)
+        assert all(type(r) is int and 1 <= r <= most for r, most in zip(choice.rank, full, strict=True))
+        alone = decomposition.factor(problem.weight, problem.layer, choice.rank)
+        assert torch.equal(structure.reconstruct(), alone.reconstruct())
 
 
 @each_rule
@@ -70,7 +81,9 @@ def test_no_problems(rule):
 def test_zero_weights(rule):
     problem = make_problem(DECOMPOSITIONS[0], "conv2d")
     zero = dataclasses.replace(problem, weight=torch.zeros_like(problem.weight))
-    ((r,),) = rule([zero])
+    (choice,) = rule([zero])
+    (r,) = choice.rank
+    assert choice.decomposition == DECOMPOSITIONS[0]
     assert 1 <= r <= problem.full[0]
 
 
@@ -78,8 +91,20 @@ def test_zero_weights(rule):
 def test_notes_are_text(rule):
     for decomposition in DECOMPOSITIONS:
         problems = problems_of(decomposition)
-        for problem, rank in zip(problems, rule(problems), strict=True):
-            assert isinstance(rule.note(problem, rank), str | None)
+        for problem, choice in zip(problems, rule(problems), strict=True):
+            assert isinstance(rule.note(problem, choice.rank or problem.full), str | None)
+
+
+@each_rule
+def test_ranks_and_factors_come_from_one_decomposition(rule, monkeypatch):
+    for decomposition in DECOMPOSITIONS:
+        with monkeypatch.context() as patched:
+            analyzed = count_analyses(patched, decomposition)
+            problems = problems_of(decomposition)
+            for problem, choice in zip(problems, rule(problems), strict=True):
+                assert problem.errors
+                problem.structure(choice)
+            assert sorted(id(weight) for weight, _ in analyzed) == sorted(id(problem.weight) for problem in problems)
 
 
 def test_weights_are_counted_as_stored():
@@ -115,3 +140,14 @@ def test_bad_arguments(kind, argument, value):
 def test_every_rule_has_bad_arguments():
     kinds = {getattr(kind, "func", kind) for kind, *_ in BAD_ARGUMENTS}
     assert kinds == {kind for kind in finals(RankRule) if dataclasses.fields(kind)}
+
+
+def test_errors_name_the_layer_once():
+    problem = make_problem(SVD(), "conv2d")
+    broken = dataclasses.replace(problem, weight=torch.full_like(problem.weight, torch.nan))
+    choice = Choice(SVD(), (2,))
+    for act in (lambda: broken.errors, lambda: broken.structure(choice), lambda: CostPenalty(1.0, "params")([broken])):
+        with pytest.raises(ValueError, match=r"^Layer 'conv2d': Expected finite weights"):
+            act()
+    with pytest.raises(ValueError, match=r"^Layer 'conv2d': Expected a rank from \(1,\) to \(12,\) but got \(13,\)"):
+        problem.structure(Choice(SVD(), (13,)))
