@@ -12,16 +12,18 @@ from torch.optim import LBFGS, SGD, Optimizer
 from lowrank_pl.callbacks.compression_callback import CompressionCallback
 from lowrank_pl.callbacks.learning_rate import clear_momentum_, stability, start_l_step_
 from lowrank_pl.compression import Plan, make_plan, write_weights_
-from lowrank_pl.costs import Latency
+from lowrank_pl.costs import Latency, Macs, Params
 from lowrank_pl.decompositions import Dense, chosen
-from lowrank_pl.methods import CStep, Distortion, LCState, add_penalty_gradients_, c_step, least_mu
+from lowrank_pl.methods import CStep, Distortion, LCState, add_penalty_gradients_, c_step, least_lambda, least_mu
 from lowrank_pl.ranks import CostBudget, CostPenalty
+from lowrank_pl.ranks.cost_penalty import MILLION
 from lowrank_pl.report import print_plan
 from lowrank_pl.targets import Targets
+from lowrank_pl.terminal import terminal
 
 
 class LearningCompression(CompressionCallback):
-    """Learn weights and ranks together: minimize `loss + lambda C(ranks)`, or the loss under a budget.
+    """Learn weights and ranks together: minimize `loss + lambda sum_k ||W_k||^2 C_k(r_k)`, or the loss under a budget.
 
     Idelbayev & Carreira-Perpinan, Low-rank Compression of Neural Nets: Learning the Rank of Each Layer (CVPR 2020),
     Algorithm 1. L steps, the module's own training with the gradient of `mu/2 ||W - Theta - beta/mu||^2` added, take
@@ -31,7 +33,8 @@ class LearningCompression(CompressionCallback):
     hold the training weights and this callback's state, and a resumed run goes on as if it had not stopped.
 
     Args:
-        lambda_: loss per million units of cost; or else `budget`.
+        lambda_: loss per million units of cost, times each layer's `||W||^2` (tens to hundreds) unless `normalize` is
+            False; or else `budget`. What that amounts to is printed when the fit starts.
         budget: a `CostBudget`, such as `CostBudget("macs", 0.5)`, which has its own cost; lambda follows.
         method: a decomposition, its snake-case name, a mapping from name patterns to either, or `Cheapest(...)`.
         cost: `"macs"`, `"params"`, `"latency"`, or a function from a `LayerSpec` to a number.
@@ -39,6 +42,7 @@ class LearningCompression(CompressionCallback):
         steps: C steps, the first included.
         l_step_epochs, l_step_steps: the length of an L step in epochs, or in optimizer steps.
         normalize: multiply lambda by each layer's `||W||^2` at the start (the authors' code, for all but LeNet300).
+            False: lambda is loss per million units of cost, the same for every layer.
         penalty: `"augmented"`, or `"quadratic"`: without multipliers.
         targets: which layers; default `Targets()`, all but the first convolution and the last linear layer.
         patience, tolerance: also end when no rank has changed for so many C steps and `||W - Theta|| / ||W||` is below.
@@ -169,12 +173,17 @@ class LearningCompression(CompressionCallback):
 
     def _start(self, trainer: pl.Trainer, plan: Plan) -> None:
         if self.state is None:
-            self._c_step(trainer, plan)
+            lambda_ = self._c_step(trainer, plan).lambda_
+            assert self.state is not None
             self._warn_of_zeros(plan)
+            if not self.finished:
+                self._warn_of_dense(plan, self.mu0)
             if trainer.is_global_zero:
-                print_plan(plan.rows(self.state.ranks))  # type: ignore[attr-defined]
+                print_plan(plan.rows(self.state.ranks))
+                unit = lambda_in_words(plan, self.rule.cost, lambda_, self.state.scales if self.normalize else None)
+                terminal().print(unit, highlight=False)
 
-    def _c_step(self, trainer: pl.Trainer, plan: Plan) -> None:
+    def _c_step(self, trainer: pl.Trainer, plan: Plan) -> CStep:
         j = 0 if self.state is None else self.state.steps
         self.state, done = c_step(
             plan,
@@ -192,12 +201,14 @@ class LearningCompression(CompressionCallback):
         self.log_metrics(trainer, self._metrics(plan, done, self.mu0 * self.growth**j))
         if self.finished:
             trainer.should_stop = True
-            return
+            self._warn_of_dense(plan, self.mu0 * self.growth**j)
+            return done
         self._warn_of_learning_rate(trainer)
         if j > 0:
             start_l_step_(trainer, self.lr_decay, self.restart_lr)
             if self.clear_momentum:
                 clear_momentum_(trainer)
+        return done
 
     @property
     def length(self) -> dict[str, int]:
@@ -264,6 +275,20 @@ class LearningCompression(CompressionCallback):
             stacklevel=2,
         )
 
+    def _warn_of_dense(self, plan: Plan, mu: float) -> None:
+        """Right after the C step at this mu."""
+        assert self.state is not None
+        dense = all(isinstance(structure, Dense) for structure in self.state.structures.values())
+        if not dense or not isinstance(self.rule, CostPenalty):
+            return
+        least = 1.005 * least_lambda(plan, self.rule, self.state, mu)  # three digits of it are not too few
+        begins = "" if mu == self.mu0 else f", above {least * self.mu0 / mu:.3g} at mu0 = {self.mu0:g},"
+        warnings.warn(
+            f"Every layer is dense at mu = {mu:.3g}: lambda_ = {self.rule.lambda_:g} is worth no rank. With lambda_ "
+            f"above {least:.3g}{begins} at least one layer would not stay dense",
+            stacklevel=2,
+        )
+
     def _warn_of_learning_rate(self, trainer: pl.Trainer) -> None:
         assert self.state is not None
         ratio = max((stability(o, self.state.mu) for o in trainer.optimizers if isinstance(o, SGD)), default=0.0)
@@ -284,6 +309,21 @@ class LearningCompression(CompressionCallback):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._loaded, self.epochs, self.finished = state_dict["lc"], state_dict["epochs"], state_dict["finished"]
+
+
+def lambda_in_words(plan: Plan, cost: Any, lambda_: float, scales: Mapping[str, float] | None) -> str:
+    """What lambda amounts to for these layers; `scales` are their `||W||^2` if it is multiplied by them."""
+    unit = {Macs: "million multiply-adds", Params: "million weights", Latency: "millisecond"}.get(
+        type(cost), "million units of cost"
+    )
+    factors = scales or {c.name: 1.0 for c in plan.compressions}
+    price = lambda_ / MILLION
+    dense = sum(price * factors[c.name] * c.cost(cost, c.decomposition.full_rank(c.layer)) for c in plan.compressions)
+    amount = f"lambda = {lambda_:.3g}"
+    if scales:
+        low, high = min(scales.values()), max(scales.values())
+        amount += f" x ||W||^2 ({low:.3g} to {high:.3g}) = {lambda_ * low:.3g} to {lambda_ * high:.3g}"
+    return f"{amount} in loss per {unit}.\nThese layers, dense, cost {dense:.3g} in loss."
 
 
 def _check_count(name: str, value: int | None) -> None:
