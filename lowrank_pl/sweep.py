@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -102,12 +103,14 @@ class Sweep:
         directory = self.directory / name
         directory.mkdir(exist_ok=True)
         if self._is_begun(name):
-            words = ["resume", str(directory), *[o for o in options if o not in ("--trust",) and "--config" not in o]]
+            allowed = [value for flag, value in pairwise(options) if flag == "--allow"]
+            words = ["resume", str(directory), *(word for value in allowed for word in ("--allow", value))]
         else:
             places = {"hydra.run.dir": directory, "paths.references": self.directory / "references"}
             words = ["train", *options, *self.jobs[name], *(f"{key}={quoted(place)}" for key, place in places.items())]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         with open(directory / "output.log", "ab") as log:
+            offset = log.tell()
             process = subprocess.Popen(
                 command(*words),
                 stdin=subprocess.DEVNULL,
@@ -117,15 +120,15 @@ class Sweep:
                 start_new_session=True,  # Ctrl-C reaches them from here, once
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
-            return _Started(process, directory / "output.log", log.tell())
+            return _Started(process, directory / "output.log", offset)
 
     def _outcome(self, name: str, job: _Started) -> str:
         """How a job has ended, and where it failed, why."""
-        status = self.status(name)
-        if status in ("finished", "interrupted"):
-            return status
-        if self._signal is not None:
-            return "interrupted"  # before it could write that down
+        code = job.process.returncode
+        if self.status(name) == "finished":
+            return "finished"
+        if code > 128 or (code < 0 and self._signal is not None):  # by our signal before it could listen
+            return "interrupted"
         return f"failed: {job.reason()}, see {job.log}"
 
     def _hear(self, number: int, frame: FrameType | None) -> None:

@@ -134,6 +134,31 @@ def test_a_job_that_ends_before_it_is_a_run_has_failed_and_is_tried_again(
         assert Sweep.open(tmp_path, [["seed=1"]]).status("0") == "failed"
 
 
+def test_a_run_that_cannot_be_resumed_has_failed_whatever_it_was_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "run.json").write_text(json.dumps({"status": "interrupted", "links": {}, "done": []}))
+    (tmp_path / "0" / "config.yaml").write_text("seed: 1")
+    said = ended(tmp_path, "raise SystemExit('lowrank-pl resume: no data')", monkeypatch)
+    assert said[0] == "[0] seed=1: resumes"
+    assert said[1].startswith("[0] seed=1: failed: lowrank-pl resume: no data, see")
+    assert ended(tmp_path, "raise SystemExit(143)", monkeypatch)[1] == "[0] seed=1: interrupted"
+
+
+def test_what_a_job_is_given_when_it_starts_and_when_it_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[str, ...]] = []
+    monkeypatch.setattr("lowrank_pl.sweep.command", lambda *words: given.append(words) or [sys.executable, "-c", ""])
+    options = ["--config-dir", "conf", "--allow", "a.b", "--allow", "c", "--trust"]
+    Sweep.open(tmp_path, [["seed=1"]]).run(1, options, lambda line: None)
+    (tmp_path / "0" / "config.yaml").write_text("seed: 1")
+    Sweep.open(tmp_path, [["seed=1"]]).run(1, options, lambda line: None)
+    assert given[0][:9] == ("train", *options, "seed=1")
+    assert given[1] == ("resume", str(tmp_path / "0"), "--allow", "a.b", "--allow", "c")
+
+
 def test_a_job_that_is_stopped_before_it_is_a_run_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
