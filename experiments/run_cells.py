@@ -11,11 +11,12 @@ import argparse
 import csv
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+
+from lowrank_pl.sweep import command
 
 COLUMNS = (
     "cell", "accuracy_before_last_distortion", "accuracy", "params", "params_ratio", "macs", "macs_ratio", "ranks",
@@ -40,11 +41,11 @@ def main() -> None:
         if name not in read(arguments.experiment) and not is_finished(runs / name):
             first, _, rest = words.partition(" ")
             overrides = f"{spec['groups'][first]} {rest}" if first in spec.get("groups", {}) else words
-            command = f"{spec['command']} {overrides}".format(**places).split()
-            words = ["train", *command, f"hydra.run.dir={runs / name}"]
+            given = f"{spec['command']} {overrides}".format(**places).split()
+            words = ["train", *given, f"hydra.run.dir={runs / name}"]
             if (runs / name / "config.yaml").is_file():  # stopped before
                 words = ["resume", str(runs / name)]
-            subprocess.run([sys.executable, "-m", "lowrank_pl.cli", *words], check=True)
+            subprocess.run(command(*words), check=True)
         if is_finished(runs / name):
             write(arguments.experiment, list(spec["cells"]), row(name, runs / name))
 

@@ -22,7 +22,7 @@ from lowrank_pl.extraction import RECORD
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
 from lowrank_pl.structures import Dense, Layout, layout_from_dict
-from lowrank_pl.surgery import Trace, find_layers, num_parameters, record, run
+from lowrank_pl.surgery import Trace, find_layers, is_same_computation, num_parameters, record, run
 from lowrank_pl.terminal import terminal
 from lowrank_pl.timing import median_ms
 
@@ -208,7 +208,7 @@ def _layer_sizes(
     times: dict[str, list[float]] = {}
     for size in BATCHES if latency else ():
         batch = _batch((trace.samples[name],), size * inputs[0][0])
-        times[str(size)] = median_ms([_runner(copy.deepcopy(m).eval(), batch) for m in pair], batch[0].device.type)
+        times[str(size)] = _times([copy.deepcopy(m).eval() for m in pair], batch, batch[0].device)
     macs = layout.layer.macs, layout.macs
     first, second = (
         Size(num_parameters(module), macs[i], {size: ms[i] for size, ms in times.items()})
@@ -224,13 +224,20 @@ def _measure(pair: tuple[nn.Module, nn.Module], arguments: tuple[Any, ...], late
     device = next((p.device for p in pair[0].parameters()), torch.device("cpu"))
     times: dict[str, list[float]] = {}
     for size in BATCHES if latency else ():
-        batch = _batch(arguments, size)
-        times[str(size)] = median_ms([_runner(trial, batch) for trial in trials], device.type)
+        times[str(size)] = _times(trials, _batch(arguments, size), device)
     sizes = [
         Size(num_parameters(module), macs[i], {size: ms[i] for size, ms in times.items()})
         for i, module in enumerate(pair)
     ]
     return sizes[0], sizes[1]
+
+
+def _times(pair: Sequence[nn.Module], batch: tuple[Any, ...], device: torch.device) -> list[float]:
+    """Milliseconds of both, in turns. What was not replaced takes the same time by construction: no noise of the
+    measurement is shown as a gain."""
+    same = is_same_computation(*pair)
+    ms = median_ms([_runner(module, batch) for module in (pair[:1] if same else pair)], device.type)
+    return [ms[0], ms[-1]]
 
 
 def _runner(module: nn.Module, batch: tuple[Any, ...]) -> Callable[[], Any]:

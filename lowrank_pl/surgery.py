@@ -272,3 +272,14 @@ def _leave_fast_paths(model: nn.Module, replaced: set[nn.Module]) -> None:
 def num_parameters(model: nn.Module) -> int:
     """All parameters, tied ones once."""
     return sum(math.prod(p.shape) for p in model.parameters())
+
+
+def is_same_computation(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two networks are the same modules on tensors of the same shapes, so that they take the same time."""
+
+    def outline(model: nn.Module) -> list[Any]:
+        modules = [(name, type(module), module.extra_repr()) for name, module in model.named_modules()]
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        return [modules, [(name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in tensors]]
+
+    return outline(a) == outline(b)

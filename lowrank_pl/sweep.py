@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,7 +29,7 @@ class Sweep:
 
     directory: Path
     jobs: dict[str, Job]
-    _running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict, repr=False)
+    _running: dict[str, _Started] = field(default_factory=dict, repr=False)
     _signal: int | None = field(default=None, repr=False)
 
     @classmethod
@@ -52,12 +53,14 @@ class Sweep:
         return cls(path, known)
 
     def status(self, name: str) -> str:
-        """`finished`, `running` (in some process), `missing`, or how the run was left."""
-        facts = read_facts(self.directory / name)
-        if is_running(self.directory / name):
+        """`finished`, `running` (in some process), `missing` (never begun), or how the run was left: `interrupted`,
+        `stopped` (killed) or `failed`."""
+        directory = self.directory / name
+        facts = read_facts(directory)
+        if is_running(directory):
             return "running"
-        if facts is None:
-            return "missing"
+        if facts is None:  # a job that was begun has at least a log
+            return "failed" if (directory / "output.log").is_file() else "missing"
         return "stopped" if facts["status"] == "running" else facts["status"]
 
     def run(self, at_once: int, options: Sequence[str], say: Callable[[str], None]) -> int:
@@ -85,30 +88,31 @@ class Sweep:
         while self._running or (waiting and self._signal is None):
             while waiting and len(self._running) < at_once and self._signal is None:
                 name = waiting.pop(0)
-                say(f"{self.title(name)}: {'starts' if self.status(name) == 'missing' else 'resumes'}")
+                say(f"{self.title(name)}: {'resumes' if self._is_begun(name) else 'starts'}")
                 self._running[name] = self._start(name, options, threads)
-            for name, process in list(self._running.items()):
-                if process.poll() is not None:
+            for name, job in list(self._running.items()):
+                if job.process.poll() is not None:
                     del self._running[name]
-                    status = self.status(name)
-                    place = (
-                        "" if status in ("finished", "interrupted") else f", see {self.directory / name / 'output.log'}"
-                    )
-                    say(f"{self.title(name)}: {status}{place}")
+                    say(f"{self.title(name)}: {self._outcome(name, job)}")
             time.sleep(0.1)
 
-    def _start(self, name: str, options: list[str], threads: int) -> subprocess.Popen[bytes]:
+    def _is_begun(self, name: str) -> bool:
+        return (self.directory / name / "config.yaml").is_file()
+
+    def _start(self, name: str, options: list[str], threads: int) -> _Started:
         directory = self.directory / name
         directory.mkdir(exist_ok=True)
-        if (directory / "config.yaml").is_file():
-            words = ["resume", str(directory), *[o for o in options if o not in ("--trust",) and "--config" not in o]]
+        if self._is_begun(name):
+            allowed = [value for flag, value in pairwise(options) if flag == "--allow"]
+            words = ["resume", str(directory), *(word for value in allowed for word in ("--allow", value))]
         else:
             places = {"hydra.run.dir": directory, "paths.references": self.directory / "references"}
             words = ["train", *options, *self.jobs[name], *(f"{key}={quoted(place)}" for key, place in places.items())]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         with open(directory / "output.log", "ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "lowrank_pl.cli", *words],
+            offset = log.tell()
+            process = subprocess.Popen(
+                command(*words),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -116,10 +120,20 @@ class Sweep:
                 start_new_session=True,  # Ctrl-C reaches them from here, once
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
+            return _Started(process, directory / "output.log", offset)
+
+    def _outcome(self, name: str, job: _Started) -> str:
+        """How a job has ended, and where it failed, why."""
+        code = job.process.returncode
+        if self.status(name) == "finished":
+            return "finished"
+        if code > 128 or (code < 0 and self._signal is not None):  # by our signal before it could listen
+            return "interrupted"
+        return f"failed: {job.reason()}, see {job.log}"
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        for process in self._running.values():
-            process.send_signal(signal.SIGTERM if self._signal is None else signal.SIGKILL)
+        for job in self._running.values():
+            job.process.send_signal(signal.SIGTERM if self._signal is None else signal.SIGKILL)
         self._signal = number
 
     def title(self, name: str) -> str:
@@ -127,6 +141,36 @@ class Sweep:
         common = set.intersection(*map(set, self.jobs.values())) if len(self.jobs) > 1 else set()
         words = [word.partition("=") for word in self.jobs[name] if word not in common]
         return " ".join([f"[{name}]", *(key.rpartition(".")[2] + sign + value for key, sign, value in words)])
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A job's process, its log, and how long that was when it started."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    offset: int
+
+    def reason(self) -> str:
+        """The last line of the error; where nothing was said, what ended the process."""
+        with open(self.log, "rb") as file:
+            file.seek(self.offset)
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+        said = [line for line in lines if line and not line.startswith("Set the environment variable HYDRA_FULL_ERROR")]
+        code = self.process.returncode
+        if code < 0:
+            return f"ended by signal {-code}"
+        return said[-1][:200] if said else f"exit code {code}"
+
+
+def command(*words: str) -> list[str]:
+    """`lowrank-pl words` for a process of its own, with the very modules that this one imports.
+
+    Python would look into the current folder first: `python -m lowrank_pl.cli`, started in a checkout or beside a
+    `random.py`, imports what lies there.
+    """
+    code = f"import sys; sys.path[:] = {[str(p) for p in sys.path]!r}; from lowrank_pl.cli import main; main()"
+    return [sys.executable, "-c", code, *words]
 
 
 def quoted(value: Any) -> str:

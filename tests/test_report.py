@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import json
 
 import pytest
@@ -12,7 +13,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl import BlockSVD, FixedRank, SpatialSVD, Targets, TiledSVD, Tucker2, compress, make_plan, summarize
+from lowrank_pl.evaluation import evaluate
 from lowrank_pl.report import median_ms, print_plan
+from lowrank_pl.surgery import is_same_computation
 
 X = images(2)[0]
 RANK = FixedRank(2)
@@ -101,6 +104,50 @@ def test_latency_tells_slow_from_fast(monkeypatch):
     x = torch.randn(1, 2048)
     report = summarize(dense, compressed, x)
     assert report.dense.latency_ms["32"] > 2 * report.compressed.latency_ms["32"]
+
+
+def never_twice_the_same():
+    """A timer that gives another number at every call and for every function."""
+    numbers = itertools.count(1)
+    return lambda functions, *_: [float(next(numbers)) for _ in functions]
+
+
+def test_what_was_not_replaced_takes_the_same_time(monkeypatch):
+    monkeypatch.setattr("lowrank_pl.report.median_ms", never_twice_the_same())
+    dense = Net(norm=True)
+    with pytest.warns(UserWarning, match="No layer was compressed"):
+        untouched = compress(dense, "svd", FixedRank(1000), example_input=X)
+    report = summarize(dense, untouched, X)
+    assert report.dense.latency_ms == report.compressed.latency_ms
+    assert all(layer.dense.latency_ms == layer.compressed.latency_ms for layer in report.layers)
+    assert [row[-1] for row in report._totals({}) if row[0].startswith("latency")] == ["1.00x", "1.00x"]
+    report = summarize(dense, compress(dense, {"conv2": "svd"}, RANK, example_input=X), X)
+    assert all(report.dense.latency_ms[size] != report.compressed.latency_ms[size] for size in ("1", "32"))
+    same = {layer.name: layer.dense.latency_ms == layer.compressed.latency_ms for layer in report.layers}
+    assert same == {"conv1": True, "conv2": False, "fc1": True, "fc2": True}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [nn.Linear(8, 8, bias=False), nn.Linear(8, 9), nn.Linear(8, 8).double(), nn.Sequential(nn.Linear(8, 8)),
+     nn.Bilinear(8, 8, 8)],
+)  # fmt: skip
+def test_different_networks_are_timed_apart(other):
+    assert is_same_computation(nn.Linear(8, 8), nn.Linear(8, 8))
+    assert not is_same_computation(nn.Linear(8, 8), other)
+    assert not is_same_computation(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, stride=2))
+
+
+def test_a_form_that_is_the_dense_network_is_timed_once(monkeypatch):
+    monkeypatch.setattr("lowrank_pl.evaluation.median_ms", never_twice_the_same())
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Linear(16, 4))
+    batches = [(torch.randn(4, 1, 4, 4), torch.zeros(4, dtype=torch.long))]
+    images = lambda size: torch.randn(size, 1, 4, 4)  # noqa: E731
+    for compressed, same in ((copy.deepcopy(dense), True), (compress(dense, {"1": "svd"}, FixedRank(1)), False)):
+        networks = {"dense": dense, "compressed": compressed, "onnx": copy.deepcopy(dense)}
+        times = {name: values["latency_ms"] for name, values in evaluate(networks, batches, images).items()}
+        assert (times["dense"] == times["compressed"]) == same
+        assert times["onnx"] != times["dense"]  # another program, which may take another time
 
 
 def test_networks_are_left_as_they_were():

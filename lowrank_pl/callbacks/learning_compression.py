@@ -9,27 +9,36 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import move_data_to_device
-from torch.optim import LBFGS, SGD, Optimizer
+from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from lowrank_pl.callbacks.compression_callback import CompressionCallback, Occasion, rank_metrics
 from lowrank_pl.callbacks.l_step import LStep, LStepNames, l_step_of
-from lowrank_pl.callbacks.learning_rate import clear_momentum_, stability, start_l_step_
+from lowrank_pl.callbacks.lc_warnings import (
+    check_optimizers,
+    check_targets,
+    lambda_in_words,
+    warn_of_dense,
+    warn_of_learning_rate,
+    warn_of_zeros,
+)
+from lowrank_pl.callbacks.learning_rate import clear_momentum_, start_l_step_
 from lowrank_pl.checks import check_int, check_number
 from lowrank_pl.compression import Plan, write_weights_
 from lowrank_pl.costs import Cost, Latency
-from lowrank_pl.decompositions import DENSE, ZERO
-from lowrank_pl.methods import CStep, Distortion, LCState, add_penalty_gradients_, c_step, least_mu
+from lowrank_pl.decompositions import DENSE
+from lowrank_pl.methods import CStep, Distortion, LCState, add_penalty_gradients_, c_step
 from lowrank_pl.planning import MethodChoice, make_plan
 from lowrank_pl.processes import from_first, is_parallel
 from lowrank_pl.ranks import CostBudget, CostPenalty
 from lowrank_pl.ranks.caps import Caps
 from lowrank_pl.report import print_plan
 from lowrank_pl.targets import Targets
+from lowrank_pl.terminal import terminal
 
 
 class LearningCompression(CompressionCallback):
-    """Learn weights and ranks together: minimize `loss + lambda C(ranks)`, or the loss under a budget.
+    """Learn weights and ranks together: minimize `loss + lambda sum_k ||W_k||^2 C_k(r_k)`, or the loss under a budget.
 
     Idelbayev & Carreira-Perpinan, Low-rank Compression of Neural Nets: Learning the Rank of Each Layer (CVPR 2020),
     Algorithm 1. L steps, the module's own training with the gradient of `mu/2 ||W - Theta - beta/mu||^2` added, take
@@ -39,7 +48,8 @@ class LearningCompression(CompressionCallback):
     hold the training weights and this callback's state, and a resumed run goes on as if it had not stopped.
 
     Args:
-        lambda_: loss per million units of cost; or else `budget`.
+        lambda_: loss per million units of cost, times each layer's `||W||^2` (tens to hundreds) unless `normalize` is
+            False; or else `budget`. What that amounts to is printed when the fit starts.
         budget: a `CostBudget`, such as `CostBudget("macs", 0.5)`, which has its own cost; lambda follows.
         method: a decomposition, its snake-case name, a mapping from name patterns to either, or `Cheapest(...)`.
         cost: `"macs"`, `"params"`, `"latency"`, or a function from a `LayerSpec` to a number.
@@ -50,6 +60,7 @@ class LearningCompression(CompressionCallback):
         most: the largest ranks, R_k in their equation 1: an int, or a mapping from name patterns to ints. A layer with
             a cap below its full rank may not stay dense. To a budget, caps are given with it: `CostBudget(most=...)`.
         normalize: multiply lambda by each layer's `||W||^2` at the start (the authors' code, for all but LeNet300).
+            False: lambda is loss per million units of cost, the same for every layer.
         targets: which layers; default `Targets()`, all but the first convolution and the last linear layer.
         patience, tolerance: also end when no rank has changed for so many C steps and `||W - Theta|| / ||W||` is below.
         evaluate_distorted: validation, test and prediction see Theta.
@@ -117,8 +128,8 @@ class LearningCompression(CompressionCallback):
             self.state, self.epochs, self.finished, self._loaded, self._warned = None, 0, False, None, False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _check_optimizers(trainer)
-        self._check_targets(trainer, pl_module)
+        check_optimizers(trainer)
+        check_targets(trainer, make_plan(pl_module, self.method, self.rule, self.targets, training=True))
         if isinstance(self.rule.charged, Latency):
             self.rule.charged.check()
         super().on_train_start(trainer, pl_module)
@@ -171,12 +182,17 @@ class LearningCompression(CompressionCallback):
 
     def _start(self, trainer: pl.Trainer, plan: Plan) -> None:
         if self.state is None:
-            self._c_step(trainer, plan)
-            self._warn_of_zeros(plan)
+            lambda_ = self._c_step(trainer, plan).lambda_
+            assert self.state is not None
+            warn_of_zeros(plan, self.rule, self.state, self.mu0)
+            if not self.finished:
+                warn_of_dense(plan, self.rule, self.state, self.mu0, self.mu0)
             if trainer.is_global_zero:
-                print_plan(plan.rows(self.state.choices))  # type: ignore[attr-defined]
+                print_plan(plan.rows(self.state.choices))
+                unit = lambda_in_words(plan, self.rule.charged, lambda_, self.state.scales if self.normalize else None)
+                terminal().print(unit, highlight=False)
 
-    def _c_step(self, trainer: pl.Trainer, plan: Plan) -> None:
+    def _c_step(self, trainer: pl.Trainer, plan: Plan) -> CStep:
         j = 0 if self.state is None else self.state.steps
         self.state, done = self._next_state(plan, self.mu0 * self.growth**j, self.mu0 * self.growth ** (j + 1))
         self.last_step, self.epochs = trainer.global_step, 0
@@ -185,12 +201,14 @@ class LearningCompression(CompressionCallback):
         self.log_metrics(trainer, self._metrics(plan, done, self.mu0 * self.growth**j))
         if self.finished:
             trainer.should_stop = True
-            return
-        self._warn_of_learning_rate(trainer)
+            warn_of_dense(plan, self.rule, self.state, self.mu0 * self.growth**j, self.mu0)
+            return done
+        self._warned = self._warned or warn_of_learning_rate(trainer, self.state.mu)
         if j > 0:
             start_l_step_(trainer, self.l_step.lr_decay, self.l_step.restart_lr)
             if self.l_step.clear_momentum:
                 clear_momentum_(trainer)
+        return done
 
     def _next_state(self, plan: Plan, mu: float, next_mu: float) -> tuple[LCState, CStep]:
         """The first process takes the C step, the others receive what came out."""
@@ -237,52 +255,6 @@ class LearningCompression(CompressionCallback):
         logged = {f"lowrank/{name}": float(value) for name, value in values.items()}
         return {**logged, **rank_metrics(plan, self.state.choices)}
 
-    # -- what may be wrong -----------------------------------------------------------------------------------------
-
-    def _check_targets(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        plan = make_plan(pl_module, self.method, self.rule, self.targets, training=True)
-        optimized = {
-            id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
-        }
-        for name, reason in plan.dense.items():
-            if reason.startswith("frozen"):
-                raise ValueError(
-                    f"Layer {name!r} is {reason}: expected weights that are trained. Unfreeze it, or leave it out by "
-                    "Targets(exclude=[...])"
-                )
-        for c in plan.compressions:
-            if id(c.parameter) not in optimized:
-                raise ValueError(
-                    f"Layer {c.name!r}: expected its weight among the optimizer's parameters, but no optimizer has it. "
-                    "Add it there, or leave the layer out by Targets(exclude=[...])"
-                )
-
-    def _warn_of_zeros(self, plan: Plan) -> None:
-        assert self.state is not None
-        choices = self.state.choices
-        zero = [c for c in plan.compressions if choices[c.name] == ZERO]
-        factorized = [c for c in plan.compressions if choices[c.name] not in (ZERO, DENSE)]
-        if factorized or not zero or not isinstance(self.rule, CostPenalty):
-            return
-        some, every = least_mu(Plan(zero, {}, {}), self.rule, self.state.scales)
-        but = "" if len(zero) == len(plan.compressions) else " that does not stay dense"
-        warnings.warn(
-            f"Every layer{but} has rank 0 at mu0 = {self.mu0:g}: lambda_ = {self.rule.lambda_:g} outweighs all "
-            f"weights. With mu0 above {some:.2g} at least one layer has not, with mu0 above {every:.2g} none has",
-            stacklevel=2,
-        )
-
-    def _warn_of_learning_rate(self, trainer: pl.Trainer) -> None:
-        assert self.state is not None
-        ratio = max((stability(o, self.state.mu) for o in trainer.optimizers if isinstance(o, SGD)), default=0.0)
-        if ratio > 0.8 and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"The learning rate times mu = {self.state.mu:.3g} is {ratio:.2f} of what gradient descent on the "
-                "penalty is stable at: lower the learning rate (`lr_decay`), `growth` or `steps`",
-                stacklevel=2,
-            )
-
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -292,17 +264,3 @@ class LearningCompression(CompressionCallback):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._loaded, self.epochs, self.finished = state_dict["lc"], state_dict["epochs"], state_dict["finished"]
-
-
-def _check_optimizers(trainer: pl.Trainer) -> None:
-    for optimizer in trainer.optimizers:
-        if isinstance(getattr(optimizer, "optimizer", optimizer), LBFGS):
-            raise ValueError(
-                "LearningCompression adds the penalty to gradients, but LBFGS evaluates the loss by itself: expected "
-                "an optimizer that takes one step per gradient, such as SGD or Adam"
-            )
-        if trainer.precision == "16-mixed" and any(group.get("fused") for group in optimizer.param_groups):
-            raise ValueError(
-                "A fused optimizer under precision='16-mixed' unscales gradients after the penalty has been added: "
-                "expected `fused=False`, or precision='bf16-mixed'"
-            )

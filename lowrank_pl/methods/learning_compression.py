@@ -251,6 +251,21 @@ def least_mu(
     return min(thresholds, default=0.0), max(thresholds, default=0.0)
 
 
+def least_lambda(plan: Plan, rule: CostPenalty, state: LCState, mu: float) -> float:
+    """The lambda, per million units of cost, above which the C step at `mu` that left every layer dense (`state`, right
+    after it) leaves at least one otherwise; infinite if no rank is cheaper than dense.
+
+    `lambda scale C(r) + mu/2 e(r) < lambda scale C(dense)`, solved for lambda at every rank.
+    """
+    worth = []
+    for c in plan.compressions:
+        weight, scale = state.structures[c.name].reconstruct(), state.scales[c.name]
+        choices = enumerate_ranks(c.problem(weight, scale, least=0), rule.charged, cap_of(c.name, rule.most))
+        saved = scale / MILLION * (choices.costs.max() - choices.costs)
+        worth += [mu / 2 * error / s for error, s in zip(choices.errors, saved, strict=True) if s > 0]
+    return float(min(worth, default=float("inf")))
+
+
 def _choose(
     plan: Plan, rule: CostPenalty | CostBudget, problems: Sequence[RankProblem], state: LCState | None, mu: float
 ) -> tuple[list[Choice], float]:

@@ -72,6 +72,14 @@ class Entry:
             words.append(f"S_D={compression['S_D']}")
         return " ".join(words)
 
+    @property
+    def is_all_dense(self) -> bool:
+        """Whether a method was to compress the network, and no layer of it was."""
+        layers = self.report.get("layers")
+        if self.method == "reference" or not isinstance(layers, list) or not layers:
+            return False
+        return all(_get(layer).get("structure") == "dense" for layer in layers)
+
     def value(self, network: str, quantity: str) -> float | None:
         """Of `dense` or `compressed`: `error` in percent, `params`, `macs`, `latency_1` or `latency_32` in ms."""
         part = _get(self.report, network)

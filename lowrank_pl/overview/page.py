@@ -66,7 +66,7 @@ def _run(entry: Entry) -> dict[str, Any]:
         "name": entry.name,
         "group": entry.group,
         "method": entry.method,
-        "status": entry.problem or entry.status,
+        "status": entry.problem or entry.status + (", every layer stayed dense" if entry.is_all_dense else ""),
         "command": entry.command,
         "directory": str(entry.directory),
         "config": entry.text[:20_000],

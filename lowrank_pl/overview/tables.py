@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lowrank_pl.overview.entry import Entry, front
 
@@ -23,7 +24,7 @@ _CSV = (
 CAPTION = (
     "Test error, and its change from the dense network in points; cost of the compressed network, and how many times "
     "less than the dense one's; ms: a batch of 32 on the machine of the run. *: no other run here has both less error "
-    "and fewer MACs."
+    "and fewer MACs. lambda: loss per million units of cost, times each layer's ||W||^2 unless normalize is false."
 )
 
 
@@ -33,7 +34,7 @@ def rows(entries: Sequence[Entry]) -> list[list[str]]:
     lines = []
     for position, entry in enumerate(entries):
         error, dense = entry.value("compressed", "error"), entry.value("dense", "error")
-        line = [entry.name, entry.method]
+        line = [entry.name, f"{entry.method}, all dense" if entry.is_all_dense else entry.method]
         if error is None or dense is None:
             lines.append([*line, entry.problem or entry.status, *[""] * 7])
             continue
@@ -47,22 +48,27 @@ def rows(entries: Sequence[Entry]) -> list[list[str]]:
 
 
 def overview_tables(entries: Sequence[Entry]) -> Group:
-    """For a terminal, a table for each network and data set."""
-    lines, tables = rows(entries), []
+    """For a terminal, a table for each network and data set, with what went wrong beneath it."""
+    lines = rows(entries)
+    parts: list[Table | Text | str] = []
     for group in dict.fromkeys(entry.group for entry in entries):
-        own = [line for entry, line in zip(entries, lines, strict=True) if entry.group == group]
-        folder = os.path.commonpath([os.path.dirname(line[0]) for line in own])
+        own = [(entry, line) for entry, line in zip(entries, lines, strict=True) if entry.group == group]
+        folder = os.path.commonpath([os.path.dirname(entry.name) for entry, _ in own])
         title = f"{group}, in {folder}" if folder else group
         table = Table(
             box=box.SIMPLE_HEAD, pad_edge=False, title=escape(title), title_style="bold", title_justify="left"
         )
         for name, right in zip(_NARROW, (False, False, True, True, True, True, True, True), strict=True):
             table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
-        for line in own:
-            name = line[0][len(folder) :].lstrip("/")
-            table.add_row(*(escape(line[i]) if i else escape(name) for i in (0, 1, 2, 3, 4, 5, 7, 9)))
-        tables.append(table)
-    return Group(*tables, CAPTION)
+        problems = []
+        for entry, line in own:
+            name, result = entry.name[len(folder) :].lstrip("/"), line[2]
+            if entry.problem:
+                problems.append(Text(f"{name}: {entry.problem}"))
+                result = result if line[3] else "failed" if entry.status == "failed" else "see below"
+            table.add_row(*map(escape, (name, line[1], result, *(line[i] for i in (3, 4, 5, 7, 9)))))
+        parts += [table, *problems]
+    return Group(*parts, CAPTION)
 
 
 _NARROW = ("run", "method", "error %", "change", "MACs", "MACs", "params", "ms")  # the last three: times less

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lowrank_pl.report import summarize
 from lowrank_pl.run_files import as_json, locked
 from lowrank_pl.runs.directory import Run
 from lowrank_pl.runs.metrics_file import MetricsFile
+from lowrank_pl.runs.progress import EpochLines, Progress
 from lowrank_pl.runs.recipe import Recipe, Training
 from lowrank_pl.runs.resumable import Resumable, WholeFiles, newest_checkpoint
 from lowrank_pl.runs.stopping import Stop
@@ -44,6 +46,7 @@ def execute(run: Run, recipe: Recipe, stop: Stop | None = None) -> None:
 class _Execution:
     def __init__(self, run: Run, recipe: Recipe, stop: Stop | None) -> None:
         self.run, self.recipe, self.stop, self.directory = run, recipe, stop, run.directory
+        self.progress = Progress()
         self.example = next(iter(recipe.data.test_dataloader()))[0][:32]
 
     def execute(self) -> None:
@@ -60,9 +63,8 @@ class _Execution:
             assert self.recipe.finetune is not None
             write_files({self.directory / "extracted" / "test.json": as_json(self.test(compressed))})
             classifier = self.recipe.classifier(compressed, self.recipe.finetune)
-            self.fit(
-                self.directory / "finetune", classifier, [], _epochs(self.recipe.finetune), self.logger("finetune")
-            )
+            length, logger = _epochs(self.recipe.finetune), self.logger("finetune")
+            self.fit("fine-tuning", self.directory / "finetune", classifier, [], length, logger)
             save_compressed(compressed, self.directory / "compressed")
             self.mark_done("finetune")
         self.report()
@@ -85,7 +87,7 @@ class _Execution:
         if isinstance(compression, CompressionCallback):
             extraction = ExtractStructure(submodule="net")
             length = compression.length if isinstance(compression, LearningCompression) else {}
-            self.fit(self.directory, module, [compression, extraction], length, self.logger())
+            self.fit("training", self.directory, module, [compression, extraction], length, self.logger())
             if not isinstance(compression, LearningCompression):  # whose dense network is the reference
                 with compression.training_weights():
                     dense = copy.deepcopy(module.net)
@@ -93,7 +95,7 @@ class _Execution:
             return dense, extraction.extracted
         if compression is not None:
             module = compression(module, example_input=self.example)
-        self.fit(self.directory, module, [], {}, self.logger())
+        self.fit("training", self.directory, module, [], {}, self.logger())
         compressed = extracted_part(module, "net")
         return (module.net if compression is None else dense), compressed
 
@@ -106,7 +108,7 @@ class _Execution:
         with locked(shared.with_suffix(".lock"), self.check):  # others wait for it
             if not shared.is_file():
                 module = self.recipe.classifier(copy.deepcopy(self.recipe.net), training)
-                self.fit(self.directory / "reference", module, [], _epochs(training), None)
+                self.fit("reference", self.directory / "reference", module, [], _epochs(training), None)
                 write_files({shared: _weights(module.net)})
         if shared != own:
             write_files({own: shared.read_bytes()})
@@ -131,24 +133,33 @@ class _Execution:
 
     def fit(
         self,
+        stage: str,
         directory: Path,
         module: pl.LightningModule,
         callbacks: list[pl.Callback],
         length: dict[str, int],
         logger: Logger | None,
     ) -> None:
-        """Train, with checkpoints and metrics in this directory; each stage draws its random numbers from the start."""
+        """Train, with checkpoints and metrics in this directory; each stage draws its random numbers from the start.
+
+        A progress bar is drawn in terminals alone; elsewhere there are a few lines.
+        """
         pl.seed_everything(self.recipe.seed, verbose=False)
         checkpoints = directory / "checkpoints"
         resumable = Resumable(checkpoints, self.stop, self.recipe.checkpoint_every)
+        lines = EpochLines(self.progress, stage)
+        bar = {} if sys.stdout.isatty() else {"enable_progress_bar": False}
         trainer = self.recipe.make_trainer(
-            callbacks=[*([] if self.stop is None else [self.stop]), *callbacks, resumable],
+            callbacks=[*([] if self.stop is None else [self.stop]), *callbacks, resumable, lines],
             logger=[MetricsFile(directory), *([] if logger is None else [logger])],
             plugins=[WholeFiles()],
             default_root_dir=str(directory),
             **length,
+            **bar,
         )
         newest = newest_checkpoint(checkpoints)
+        begin = "" if newest is None else f"from {newest.relative_to(self.directory)} "
+        self.progress.say(f"{stage}: {begin}{_end(trainer)}")
         try:
             trainer.fit(module, self.recipe.data, ckpt_path=newest)
         except RuntimeError as error:
@@ -174,11 +185,13 @@ class _Execution:
         dense = copy.deepcopy(self.recipe.net)
         load_weights(dense, self.directory / "dense.safetensors")
         compressed = load_compressed(self.recipe.net, self.directory / "compressed")
+        self.progress.say("testing both networks")
         tested = {"dense": self.test(dense), "compressed": self.test(compressed)}
         pair = (tested["dense"]["accuracy"], tested["compressed"]["accuracy"])
         # as they were trained and will be deployed
         memory = {"memory_format": torch.channels_last if self.recipe.channels_last else torch.contiguous_format}
         example = self.example.contiguous(**memory)
+        self.progress.say("timing both networks, layer by layer")
         report = summarize(dense.cpu().to(**memory), compressed.cpu().to(**memory), example)
         values = report.to_dict()
         for network, results in tested.items():
@@ -203,6 +216,13 @@ class _Execution:
         console = terminal()
         console.print(report.to_table(accuracy=pair))
         console.print(f"Everything is in {self.directory}", highlight=False, soft_wrap=True)
+
+
+def _end(trainer: pl.Trainer) -> str:
+    """Where a training ends at the latest, in words."""
+    pairs = (("epoch", trainer.max_epochs), ("step", trainer.max_steps))
+    ends = [f"{unit} {number}" for unit, number in pairs if number is not None and number > 0]
+    return f"up to {' or '.join(ends)}" if ends else "without a limit"
 
 
 def _epochs(training: Training) -> dict[str, int]:

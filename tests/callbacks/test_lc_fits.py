@@ -1,6 +1,7 @@
 """The callback against Algorithm 1 in a bare loop, its length, its schedule, and what it leaves behind."""
 
 import copy
+import re
 import warnings
 from pathlib import Path
 
@@ -335,6 +336,51 @@ def test_zeros_beside_layers_that_stay_dense_are_warned_of(tmp_path):
         fit(tmp_path, callback)
     assert callback.state.choices["net.fc1"] == ZERO
     assert callback.state.choices["net.conv2"] != ZERO
+
+
+def test_networks_that_stay_dense_are_warned_of_at_the_first_and_the_last_c_step(tmp_path):
+    callback = LearningCompression(1e-9, steps=3, mu0=0.1, growth=2.0, l_step_epochs=1)
+    with pytest.warns(UserWarning, match="Every layer is dense") as caught:
+        fit(tmp_path, callback)
+    first, last = (str(w.message) for w in caught if "Every layer is dense" in str(w.message))
+    pattern = (
+        r"at mu = (\S+): lambda_ = 1e-09 is worth no rank. With lambda_ above (\S+?)(, above (\S+) at mu0 = 0.1,)? at"
+    )
+    (begin, least, more, _), (end, at_last, _, at_first) = (re.search(pattern, t).groups() for t in (first, last))
+    assert (begin, end, more) == ("0.1", "0.4", None)
+    assert float(at_last) == pytest.approx(4 * float(at_first), rel=0.1)
+    for factor, expected in ((0.9, True), (1.1, False)):
+        warned = LearningCompression(factor * float(least), steps=1, mu0=0.1, growth=2.0, l_step_epochs=1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(tmp_path, warned)
+        assert any("Every layer is dense" in str(w.message) for w in caught) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "normed", "unit"),
+    [
+        ({"lambda_": 2.0}, True, "multiply-adds"),
+        ({"lambda_": 2.0, "cost": "params"}, True, "weights"),
+        ({"lambda_": 2.0, "normalize": False}, False, "multiply-adds"),
+        ({"budget": CostBudget("macs", 0.6)}, True, "multiply-adds"),
+    ],
+)
+def test_what_lambda_amounts_to_is_printed(tmp_path, capsys, arguments, normed, unit):
+    module = Module()
+    norms = [float(getattr(module.net, name).weight.detach().square().sum()) for name in TARGETS]
+    log = Log()
+    callback = LearningCompression(**arguments, steps=2, mu0=0.1, growth=2.0, l_step_epochs=1)
+    fit(tmp_path, callback, module=module, log=log)
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = (i for i, line in enumerate(lines) if line.startswith("lambda ="))
+    lambda_ = log.rows[0]["lowrank/lambda"]
+    sizes = [864 * (16 if arguments.get("cost") != "params" else 1), 768]
+    dense = sum(lambda_ / 1e6 * (n if normed else 1) * size for n, size in zip(norms, sizes, strict=True))
+    low, high = min(norms), max(norms)
+    scaled = f" x ||W||^2 ({low:.3g} to {high:.3g}) = {lambda_ * low:.3g} to {lambda_ * high:.3g}" if normed else ""
+    assert lines[at] == f"lambda = {lambda_:.3g}{scaled} in loss per million {unit}."
+    assert lines[at + 1] == f"These layers, dense, cost {dense:.3g} in loss."
 
 
 def test_momentum_is_cleared_and_large_steps_are_warned_of(tmp_path):

@@ -43,6 +43,17 @@ def test_a_run_leaves_everything(run: tuple[Path, str]) -> None:
     assert facts["versions"]["torch"] == version("torch")
 
 
+def test_the_output_says_where_it_is(run: tuple[Path, str]) -> None:
+    _, output = run
+    said = [line.partition(" s  ")[2] for line in output.splitlines() if " s  " in line]
+    stages = [text.partition(", validation accuracy")[0] for text in said]
+    assert stages == [
+        "training: up to epoch 2", "training: epoch 1 of 2", "training: epoch 2 of 2", "testing both networks",
+        "timing both networks, layer by layer",
+    ]  # fmt: skip
+    assert "it/s" not in output  # no progress bar into a file
+
+
 def test_the_report_agrees_with_the_network_on_disk(run: tuple[Path, str]) -> None:
     directory, output = run
     report = json.loads((directory / "report.json").read_text())

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -103,11 +104,68 @@ def test_one_failure_does_not_end_the_others_and_jobs_run_side_by_side(tmp_path:
     said = stages(result.stdout)
     assert said[:2] == [("0", "starts"), ("1", "starts")]
     assert ("1", "finished") in said
-    assert "failed" in result.stdout
+    assert "failed: `val_fraction` 1e-05 of 1437 training images leaves one of the sets empty, see" in result.stdout
     directory = tmp_path / "a folder, with 'signs"
     assert "val_fraction" in (directory / "0" / "output.log").read_text()
     threads = json.loads((directory / "1" / "run.json").read_text())["threads"]
     assert threads == 2
+
+
+def ended(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a sweep of one job says whose process runs this code."""
+    monkeypatch.setattr("lowrank_pl.sweep.command", lambda *words: [sys.executable, "-c", code])
+    said: list[str] = []
+    assert Sweep.open(folder, [["seed=1"]]).run(1, [], said.append) != 0
+    return said
+
+
+def test_a_job_that_ends_before_it_is_a_run_has_failed_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Sweep.open(tmp_path, [["seed=1"]]).status("0") == "missing"
+    for code, reason in (
+        ("raise ValueError('first')", "ValueError: first"),
+        ("print('a\\nError: b\\n\\nSet the environment variable HYDRA_FULL_ERROR=1'); raise SystemExit(1)", "Error: b"),
+        ("raise SystemExit(3)", "exit code 3"),
+        ("import os; os.kill(os.getpid(), 9)", "ended by signal 9"),
+    ):
+        said = ended(tmp_path, code, monkeypatch)
+        assert said == ["[0] seed=1: starts", f"[0] seed=1: failed: {reason}, see {tmp_path / '0' / 'output.log'}"]
+        assert Sweep.open(tmp_path, [["seed=1"]]).status("0") == "failed"
+
+
+def test_a_run_that_cannot_be_resumed_has_failed_whatever_it_was_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "run.json").write_text(json.dumps({"status": "interrupted", "links": {}, "done": []}))
+    (tmp_path / "0" / "config.yaml").write_text("seed: 1")
+    said = ended(tmp_path, "raise SystemExit('lowrank-pl resume: no data')", monkeypatch)
+    assert said[0] == "[0] seed=1: resumes"
+    assert said[1].startswith("[0] seed=1: failed: lowrank-pl resume: no data, see")
+    assert ended(tmp_path, "raise SystemExit(143)", monkeypatch)[1] == "[0] seed=1: interrupted"
+
+
+def test_what_a_job_is_given_when_it_starts_and_when_it_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[str, ...]] = []
+    monkeypatch.setattr("lowrank_pl.sweep.command", lambda *words: given.append(words) or [sys.executable, "-c", ""])
+    options = ["--config-dir", "conf", "--allow", "a.b", "--allow", "c", "--trust"]
+    Sweep.open(tmp_path, [["seed=1"]]).run(1, options, lambda line: None)
+    (tmp_path / "0" / "config.yaml").write_text("seed: 1")
+    Sweep.open(tmp_path, [["seed=1"]]).run(1, options, lambda line: None)
+    assert given[0][:9] == ("train", *options, "seed=1")
+    assert given[1] == ("resume", str(tmp_path / "0"), "--allow", "a.b", "--allow", "c")
+
+
+def test_a_job_that_is_stopped_before_it_is_a_run_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    said = ended(tmp_path, "import time; time.sleep(60)", monkeypatch)
+    assert said == ["[0] seed=1: starts", "[0] seed=1: interrupted"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import nn
 from lowrank_pl.costs import Macs, Params
 from lowrank_pl.decompositions import DENSE, SVD, ZERO, BlockSVD, Cheapest, Choice, SpatialSVD, TiledSVD, Tucker2
 from lowrank_pl.decompositions.tucker2 import HigherOrderSVD
-from lowrank_pl.methods import LCState, add_penalty_gradients_, c_step, least_mu
+from lowrank_pl.methods import LCState, add_penalty_gradients_, c_step, least_lambda, least_mu
 from lowrank_pl.planning import make_plan
 from lowrank_pl.ranks import CostBudget, CostPenalty
 from lowrank_pl.structures import Chain, Constant, Dense
@@ -236,6 +236,41 @@ def test_the_mu_above_which_ranks_are_not_0():
     for mu, alive in ((0.999 * some, 0), (1.001 * some, 1), (0.999 * every, 1), (1.001 * every, 2)):
         choices = c_step(plan, rule, None, mu, mu)[0].choices
         assert sum(choice != ZERO for choice in choices.values()) == alive
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_lambda_above_which_not_all_is_dense(method, normalize):
+    """Found by bisection, with C steps."""
+    net, mu = double_net(), 0.3
+    plan = plan_for(net, METHODS[method], CostPenalty(0.0, "macs"))
+    state = c_step(plan, CostPenalty(0.0, "macs"), None, mu, mu, normalize)[0]
+
+    def is_dense(lambda_):
+        choices = c_step(plan, CostPenalty(lambda_, "macs"), None, mu, mu, normalize)[0].choices
+        return all(choice == DENSE for choice in choices.values())
+
+    low, high = 0.0, 1e6
+    assert is_dense(low)
+    assert not is_dense(high)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if is_dense(middle) else (low, middle)
+    assert least_lambda(plan, CostPenalty(0.0, "macs"), state, mu) == pytest.approx(low, rel=1e-6)
+
+
+def test_the_lambda_after_a_shift_by_the_multipliers():
+    """All dense at the second C step only, when it sees W - beta / mu."""
+    net = double_net()
+    plan = plan_for(net, "svd", CostPenalty(50.0))
+    before = c_step(plan, CostPenalty(50.0), None, 0.1, 3.0)[0]
+    assert before.beta("conv2").any()
+    after = c_step(plan, CostPenalty(1e-3), before, 3.0, 3.0)[0]
+    assert all(choice == DENSE for choice in after.choices.values())
+    least = least_lambda(plan, CostPenalty(1e-3), after, 3.0)
+    for lambda_, dense in ((0.999 * least, True), (1.001 * least, False)):
+        choices = c_step(plan, CostPenalty(lambda_), before, 3.0, 3.0)[0].choices
+        assert all(choice == DENSE for choice in choices.values()) == dense
 
 
 @pytest.mark.parametrize("method", METHODS)

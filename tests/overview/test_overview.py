@@ -122,6 +122,34 @@ def test_unfinished_and_damaged_runs_are_said_to_be_so(runs: Path) -> None:
         assert "stopped" in text
 
 
+def test_runs_that_failed_or_stayed_dense_are_shown_for_what_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    make_run(folder / "good")
+    failed, dense = make_run(folder / "failed"), make_run(folder / "dense", macs=266_200)
+    facts = json.loads((failed / "run.json").read_text())
+    problem = "`val_fraction` 1e-05 of 1437 training images leaves one of the sets empty"
+    (failed / "run.json").write_text(json.dumps({**facts, "status": "failed", "error": problem}))
+    (failed / "report.json").unlink()
+    report = json.loads((dense / "report.json").read_text())
+    for layer in report["layers"]:
+        layer["structure"] = "dense"
+    (dense / "report.json").write_text(json.dumps(report))
+    entries = gather([folder])
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(overview_tables(entries))
+    shown = console.export_text()
+    by_name = {line.split()[0]: line for line in shown.splitlines() if line.startswith((" good", " failed", " dense"))}
+    assert by_name["good"].split()[1:4] == ["lc", "svd", "lambda=0.001"]
+    assert by_name["failed"].split()[-1] == "failed"
+    assert f"failed: failed: {problem}" in shown
+    assert "lambda=0.001, all dense" in by_name["dense"]
+    assert "1.00x" in by_name["dense"]
+    assert "all dense" in to_markdown(entries)
+    assert [run["status"] for run in data_of(page(entries))["runs"] if run["name"] == "dense"] == [
+        "finished, every layer stayed dense"
+    ]
+
+
 def test_runs_are_found_once_at_any_depth_and_named_by_where_they_lie(runs: Path) -> None:
     make_run(runs / "sweep" / "deep" / "10")
     make_run(runs / "0" / "inner")  # a run within a run belongs to it
