@@ -277,7 +277,7 @@ def test_a_module_that_is_not_its_structure_is_found(monkeypatch, example, amoun
 
     def broken(self, bias):
         module = original(self, bias)
-        if self.layer.kind == "linear":
+        if self.layout.layer.kind == "linear":
             with torch.no_grad():
                 module[1].weight.mul_(1 + amount)
         return module

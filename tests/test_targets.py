@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_pl import SVD, FixedRank, Targets, compress, make_plan
+from lowrank_pl import SVD, FixedRank, SpatialSVD, Targets, compress, make_plan
+from lowrank_pl.decompositions import Choice
 from lowrank_pl.models import CifarResNet, LeNet300
 from lowrank_pl.names import snake_case
 from lowrank_pl.surgery import record
@@ -65,10 +66,13 @@ def test_mappings_take_the_first_match_and_leave_the_rest_dense() -> None:
     rank = {"layer3.*": FixedRank(3), "*conv1": FixedRank(2)}
     plan = make_plan(model, {"*conv2": SVD(), "*": "spatial_svd"}, rank)
     assert plan.choose_ranks() == {
-        "layer1.0.conv1": (2,), "layer2.0.conv1": (2,), "layer3.0.conv1": (3,), "layer3.0.conv2": (3,),
-    }  # fmt: skip
+        "layer1.0.conv1": Choice(SpatialSVD(), (2,)),
+        "layer2.0.conv1": Choice(SpatialSVD(), (2,)),
+        "layer3.0.conv1": Choice(SpatialSVD(), (3,)),
+        "layer3.0.conv2": Choice(SVD(), (3,)),
+    }
     assert plan.dense["layer1.0.conv2"] == "no pattern in `rank` matches it"
-    assert {type(c.decomposition).__name__ for c in plan.compressions} == {"SVD", "SpatialSVD"}
+    assert {type(c.method).__name__ for c in plan.compressions} == {"SVD", "SpatialSVD"}
 
 
 def test_frozen_layers_are_skipped_in_training_only() -> None:

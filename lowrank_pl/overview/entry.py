@@ -88,7 +88,8 @@ class Entry:
         number = part.get("accuracy" if quantity == "error" else quantity)
         if number is None or not _is_number(number):
             return None
-        return float(100 * (1 - number) if quantity == "error" else number)
+        value: float = 100 * (1 - number) if quantity == "error" else number  # counts stay ints
+        return value
 
 
 def gather(directories: Iterable[str | Path]) -> list[Entry]:
