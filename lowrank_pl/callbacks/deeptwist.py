@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,11 +119,23 @@ class DeepTwist(CompressionCallback):
             stored = self._loaded
         else:
             stored = {c.name: c.to_list(self.choices[c.name]) for c in self.plan.compressions}
-        return {**super().state_dict(), "ranks": stored}
+        return {**super().state_dict(), "ranks": stored, "asked": self._asked}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._loaded = state_dict.get("ranks")  # before 0.2 they were not kept: chosen at the next distortion
+        if self._loaded is not None and state_dict["asked"] != self._asked:
+            warnings.warn(
+                f"The checkpoint's ranks were chosen by {state_dict['asked']}; this is {self._asked}: ranks are chosen "
+                "anew",
+                stacklevel=2,
+            )
+            self._loaded = None
+
+    @property
+    def _asked(self) -> str:
+        """What ranks are chosen by, in words that are the same in every process."""
+        return re.sub(r" at 0x[0-9a-f]+", "", f"method={self.method!r}, rank={self.rank!r}, targets={self.targets!r}")
 
 
 def _restored(plan: Plan, ranks: Mapping[str, list[int]]) -> dict[str, Choice]:

@@ -239,30 +239,39 @@ def test_loading_weights_only_files_starts_afresh(tmp_path):
     assert set(ranks(fresh.net).values()) == {2}
 
 
-def test_resuming_with_another_rank_keeps_the_checkpoints(whole, tmp_path):
-    """Ranks are chosen once, and the state holds them."""
-    folder, _, last = whole
-    module, callback = StepData(), DeepTwist(S_D, "svd", FixedRank(1))
-    loop = quiet_trainer(tmp_path, callback, max_epochs=3)
-    loop.fit(module, loader(), ckpt_path=folder / "step=7.ckpt", weights_only=True)
-    assert set(ranks(module.net).values()) == {2}
-    assert distance(weights(module.net), last) == 0
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"rank": FixedRank(1)}, {1}),
+        ({"rank": FixedRank(2), "targets": Targets(include=["*.conv2"])}, {2, 16}),
+        ({"rank": FixedRank(2), "method": "block_svd"}, None),
+    ],
+)
+def test_resuming_with_other_arguments_chooses_anew(whole, tmp_path, arguments, expected):
+    """The state holds the ranks, and what they were chosen by: a resumed run takes the callback's own."""
+    folder, _, _ = whole
+    module = StepData()
+    loop = quiet_trainer(tmp_path, DeepTwist(S_D, **({"method": "svd"} | arguments)), max_epochs=3)
+    with pytest.warns(UserWarning, match=r"were chosen by method='svd', rank=FixedRank\(r=2\).*chosen anew"):
+        loop.fit(module, loader(), ckpt_path=folder / "step=7.ckpt", weights_only=True)
+    assert expected is None or set(ranks(module.net).values()) == expected
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("changed", "message"),
     [
-        ({"method": {"*.conv2": "tucker2", "*": "svd"}}, r"'net\.conv2'.*rank from \(1, 1\) to \(8, 12\).*\(2,\)"),
-        ({"targets": Targets(skip_last=False)}, r"'net\.fc2' takes part now but did not.*same network"),
+        ({"net.conv2": [2, 2]}, r"'net\.conv2'.*rank from \(1,\) to \(12,\)"),
+        ({}, "'net.conv2' takes part now but did not"),
     ],
 )
-def test_resuming_with_another_method_or_other_targets(whole, tmp_path, arguments, message):
-    """Ranks of the checkpoint that mean nothing here are refused before anything is trained or projected."""
+def test_stored_ranks_that_do_not_fit(whole, tmp_path, changed, message):
+    """Refused before anything is trained or projected."""
     folder, _, _ = whole
+    checkpoint = torch.load(folder / "step=7.ckpt", weights_only=True)
+    next(value for key, value in checkpoint["callbacks"].items() if "DeepTwist" in key)["ranks"] = changed
+    torch.save(checkpoint, tmp_path / "odd.ckpt")
     module = StepData()
-    loop = quiet_trainer(
-        tmp_path, DeepTwist(S_D, **({"method": "svd", "rank": FixedRank(1)} | arguments)), max_epochs=3
-    )
+    loop = quiet_trainer(tmp_path, DeepTwist(S_D, "svd", FixedRank(2)), max_epochs=3)
     with pytest.raises(ValueError, match=message):
-        loop.fit(module, loader(), ckpt_path=folder / "step=7.ckpt", weights_only=True)
+        loop.fit(module, loader(), ckpt_path=tmp_path / "odd.ckpt", weights_only=True)
     assert distance(weights(module.net), read(folder / "step=7.ckpt")) == 0
