@@ -18,8 +18,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 COLUMNS = (
-    "cell", "epochs", "accuracy_before_last_distortion", "accuracy", "params", "params_ratio", "macs", "macs_ratio", "ranks",
-    "train_loss", "train_accuracy", "accuracy_extracted", "dense_train_loss", "dense_train_accuracy",
+    "cell", "epochs", "accuracy_before_last_distortion", "accuracy", "params", "params_ratio", "macs", "macs_ratio",
+    "ranks", "train_loss", "train_accuracy", "accuracy_extracted", "dense_train_loss", "dense_train_accuracy",
 )  # fmt: skip
 
 
