@@ -1,7 +1,7 @@
 """Draw an experiment on learning-compression: python experiments/draw_lc.py experiments/lc_lenet300 [--runs runs]
 
 Error against multiply-adds, the area of a ball being the parameters (Figure 2 of the paper), and, where the runs
-themselves are at hand, the ranks over lambda (Figure 4) and over the C steps of one run.
+themselves are at hand, the ranks over the multiply-adds (as in Figure 4) and over the C steps of one run.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PAPER = {
 }
 NAMES = {
     "lc": "learning-compression",
-    "lc_from_0": "learning-compression, from rank 0",
+    "direct_lc_ranks": "learning-compression's ranks, trained directly",
     "greedy_energy": "greedy energy, then trained",
     "energy_threshold": "energy threshold, then trained",
     "deeptwist": "DeepTwist",
@@ -46,7 +46,7 @@ def main() -> None:
     draw_errors(left, rows, PAPER.get(arguments.experiment.name, []))
     cells = [row["cell"] for row in rows if row["cell"].startswith("lc-") and "seed1" not in row["cell"]]
     cells = [cell for cell in cells if "seed2" not in cell and (runs / cell / "metrics.csv").is_file()]
-    draw_ranks_over_lambda(middle, runs, cells)
+    draw_ranks_over_cost(middle, runs, [row for row in rows if row["cell"] in cells])
     if cells:  # the run that took the most C steps
         draw_ranks_over_steps(right, max((runs / cell for cell in cells), key=c_steps))
     canvas.savefig(arguments.experiment / "figure.png", dpi=110)
@@ -99,17 +99,14 @@ def c_steps(run: Path) -> int:
     return len(next(iter(read_ranks(run).values())))
 
 
-def draw_ranks_over_lambda(axes: Axes, runs: Path, cells: list[str]) -> None:
+def draw_ranks_over_cost(axes: Axes, runs: Path, rows: list[dict[str, str]]) -> None:
     layers: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for cell in cells:
-        lambda_ = lambda_of(runs / cell)
-        for layer, points in read_ranks(runs / cell).items():
-            layers[layer].append((lambda_, points[-1][1]))
+    for row in rows:
+        for layer, points in read_ranks(runs / row["cell"]).items():
+            layers[layer].append((float(row["macs"]) / 1e3, points[-1][1]))
     for layer, points in layers.items():
         axes.plot(*zip(*sorted(points), strict=True), "o-", markersize=4, label=layer)
-    axes.set(
-        xscale="log", yscale="log", xlabel="lambda per million multiply-adds", ylabel="rank", title="Learned ranks"
-    )
+    axes.set(xscale="log", yscale="log", xlabel="thousand multiply-adds", ylabel="rank", title="Learned ranks")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False, fontsize=8) if len(layers) <= 6 else None
     axes.grid(alpha=0.3)
@@ -120,12 +117,6 @@ def draw_ranks_over_steps(axes: Axes, run: Path) -> None:
         axes.step(*zip(*points, strict=True), where="post", label=layer)
     axes.set(yscale="symlog", xlabel="C step", ylabel="rank", title=f"Ranks while they are learned\n{run.name}")
     axes.grid(alpha=0.3)
-
-
-def lambda_of(run: Path) -> float:
-    """The last lambda: that of the config, or the one that a budget led to."""
-    with open(run / "metrics.csv", newline="") as file:
-        return [float(row["lowrank/lambda"]) for row in csv.DictReader(file) if row.get("lowrank/lambda")][-1]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
-"""Write the tables of the experiments on learning-compression from their results.csv:
-python experiments/fill_tables.py experiments/lc_lenet300"""
+"""Write the tables of the experiments on learning-compression into their READMEs:
+python experiments/fill_tables.py experiments/lc_lenet300
+
+results.csv goes between `<!-- table -->` and `<!-- end -->`, earlier.csv, the runs of earlier schedules, between
+`<!-- earlier -->` and `<!-- end earlier -->`.
+"""
 
 import csv
 import sys
@@ -20,23 +24,29 @@ PAPER = {
         ("the paper, lambda 1.1e-3", "3 3 9 9", 199_650, 19_165, "-2.28", "0.16", "1.33"),
     ],
 }
+# of the reference, of all L steps and of the factors, according to the authors' code
+PAPER_EPOCHS = "300 + 900 + 200 to 300"
 
 
 def main() -> None:
     for folder in map(Path, sys.argv[1:]):
-        with open(folder / "results.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
         readme = (folder / "README.md").read_text()
-        head, _, rest = readme.partition("<!-- table -->")
-        tail = rest.partition("<!-- end -->")[2]
-        text = f"{head}<!-- table -->\n{table(rows, PAPER.get(folder.name, []))}\n<!-- end -->{tail}"
-        (folder / "README.md").write_text(text)
+        for file, mark, end, paper in (
+            ("results.csv", "<!-- table -->", "<!-- end -->", PAPER.get(folder.name, [])),
+            ("earlier.csv", "<!-- earlier -->", "<!-- end earlier -->", []),
+        ):
+            if (folder / file).is_file() and mark in readme:
+                with open(folder / file, newline="") as lines:
+                    rows = list(csv.DictReader(lines))
+                head, _, rest = readme.partition(mark)
+                readme = f"{head}{mark}\n{table(rows, paper)}\n{end}{rest.partition(end)[2]}"
+        (folder / "README.md").write_text(readme)
 
 
 def table(rows: list[dict[str, str]], paper: list[tuple[str, str, int, int, str, str, str]]) -> str:
     lines = [
-        "| | layers | MACs | parameters | train loss | train error, % | test error, % | of the reference |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| | epochs | layers | MACs | parameters | train loss | train error, % | test error, % | of the reference |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         loss, train = row.get("train_loss", ""), row.get("train_accuracy", "")
@@ -45,9 +55,10 @@ def table(rows: list[dict[str, str]], paper: list[tuple[str, str, int, int, str,
         errors = [f"{100 - float(x):.2f}" if x else "" for x in shown]
         layers = row["ranks"] if len(row["ranks"]) < 60 else ""
         sizes = [f"{int(row[unit]):,}" for unit in ("macs", "params")]
-        lines.append(f"| {' | '.join([row['cell'], layers, *sizes, loss, *errors])} |")
+        lines.append(f"| {' | '.join([row['cell'], row.get('epochs', ''), layers, *sizes, loss, *errors])} |")
     for name, ranks, macs, params, log_loss, train, test in paper:
-        lines.append(f"| {name} | {ranks} | {macs:,} | {params:,} | 1e{log_loss} | {train} | {test} | |")
+        epochs = "300" if name.endswith("reference") else PAPER_EPOCHS
+        lines.append(f"| {name} | {epochs} | {ranks} | {macs:,} | {params:,} | 1e{log_loss} | {train} | {test} | |")
     return "\n".join(lines)
 
 

@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 from lowrank_pl.sweep import command
 
 COLUMNS = (
-    "cell", "accuracy_before_last_distortion", "accuracy", "params", "params_ratio", "macs", "macs_ratio", "ranks",
-    "train_loss", "train_accuracy", "accuracy_extracted", "dense_train_loss", "dense_train_accuracy",
+    "cell", "epochs", "accuracy_before_last_distortion", "accuracy", "params", "params_ratio", "macs", "macs_ratio",
+    "ranks", "train_loss", "train_accuracy", "accuracy_extracted", "dense_train_loss", "dense_train_accuracy",
 )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def is_finished(directory: Path) -> bool:
 def row(name: str, directory: Path) -> dict[str, Any]:
     report = json.loads((directory / "report.json").read_text())
     dense, compressed = report["dense"], report["compressed"]
-    values: dict[str, Any] = {"cell": name}
+    values: dict[str, Any] = {"cell": name, "epochs": epochs(OmegaConf.load(directory / "config.yaml"))}
     values["accuracy_before_last_distortion"] = f"{100 * dense['accuracy']:.2f}"
     values["accuracy"] = f"{100 * compressed['accuracy']:.2f}"
     for unit in ("params", "macs"):
@@ -72,6 +72,19 @@ def row(name: str, directory: Path) -> dict[str, Any]:
     if extracted.is_file():
         values["accuracy_extracted"] = f"{100 * json.loads(extracted.read_text())['accuracy']:.2f}"
     return values
+
+
+def epochs(config: Any) -> str:
+    """How long a run trains, stage by stage: the reference, the method, then, where it is fine-tuned, the factors."""
+    method = config.compression
+    if not method.get("_target_", "").endswith("LearningCompression"):
+        stages = [config.trainer.max_epochs]
+    elif method.l_step_epochs is not None:
+        stages = [(method.steps - 1) * method.l_step_epochs, config.finetune.get("epochs", 0)]
+    else:
+        stages = [f"{(method.steps - 1) * method.l_step_steps} steps", config.finetune.get("epochs", 0)]
+    reference = config.reference.get("epochs") if config.model.weights is None else None
+    return " + ".join(str(stage) for stage in (reference, *stages) if stage)
 
 
 def read(experiment: Path) -> dict[str, dict[str, Any]]:

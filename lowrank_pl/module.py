@@ -12,6 +12,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import SumMetric
 
+from lowrank_pl.checks import check_number
+from lowrank_pl.product_decay import deployed_layers, sum_of_squares
+from lowrank_pl.structures import Layout
+
+
+def check_product_decay(value: Any) -> None:
+    """Raise `ValueError` for a decay that is no number, or below 0."""
+    check_number("product_decay", value, lambda x: 0 <= x < math.inf, "a number of at least 0")
+
 
 class Classifier(LightningModule):
     """Cross-entropy on the logits of `net`, for batches (images [N, C, H, W], labels int64 [N]).
@@ -24,6 +33,8 @@ class Classifier(LightningModule):
             total_steps=..., steps_per_epoch=...)`, see `lowrank_pl.schedules`.
         channels_last: store images and convolutions channels-last, which is faster on many devices.
         label_smoothing: in [0, 1), for training only.
+        product_decay: weight decay on the weights that layers deploy as, `||U V||^2` for factors U and V; biases and
+            norms have none. In place of the optimizer's `weight_decay`, and not part of the logged loss.
     """
 
     def __init__(
@@ -33,14 +44,17 @@ class Classifier(LightningModule):
         scheduler: Callable[..., LRScheduler] | None = None,
         channels_last: bool = False,
         label_smoothing: float = 0.0,
+        product_decay: float = 0.0,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"`label_smoothing` must be in [0, 1), got {label_smoothing}")
+        check_product_decay(product_decay)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.net = net.to(memory_format=self.memory_format)
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.product_decay = label_smoothing, product_decay
+        self._deployed: dict[nn.Module, Layout] = {}
         # Two sums, because `self.log` in every step takes longer than the step of a small network, and MeanMetric
         # forgets the weights where it need not look for NaN.
         self.train_loss, self.train_images = (SumMetric(nan_strategy="disable") for _ in range(2))
@@ -54,7 +68,10 @@ class Classifier(LightningModule):
         loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
         self.train_loss.update(loss.detach() * len(labels))
         self.train_images.update(len(labels))
-        return loss
+        return loss + self.product_decay / 2 * sum_of_squares(self._deployed) if self.product_decay else loss
+
+    def on_fit_start(self) -> None:  # when compression has put factors in
+        self._deployed = deployed_layers(self)
 
     def on_train_epoch_start(self) -> None:  # not called where an epoch is taken up in its middle
         self.train_loss.reset()

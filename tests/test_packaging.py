@@ -29,7 +29,7 @@ LEVELS = [
     # 3: methods, no trainer
     {"planning", "methods"},
     {"extraction"},
-    {"storage", "report", "exporting"},
+    {"storage", "report", "exporting", "product_decay"},
     {"evaluation"},
     # 4: Lightning
     {"module", "models", "data", "schedules", "figures"},

@@ -39,7 +39,7 @@ def build(config: DictConfig, references: str | Path | None) -> Recipe:
     return Recipe(
         data,
         net,
-        Training(make(config.optimizer), make(config.scheduler)),
+        Training(make(config.optimizer), make(config.scheduler), product_decay=config.get("product_decay", 0.0)),
         make_trainer=make(config.trainer, _partial_=True),
         make_logger=make(config.logger, _partial_=True) if config.logger else None,
         compression=compression,

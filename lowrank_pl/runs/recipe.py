@@ -10,20 +10,25 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import nn
 
-from lowrank_pl.module import Classifier
+from lowrank_pl.module import Classifier, check_product_decay
 
 
 @dataclass(frozen=True)
 class Training:
     """How a network is trained: what makes its optimizer and schedule, and for how many epochs (None: the trainer's).
 
-    With `always`, a reference is trained also for methods that could start from untrained weights.
+    With `always`, a reference is trained also for methods that could start from untrained weights. `product_decay` is
+    weight decay on the weights that layers deploy as: on the product where a layer is factors.
     """
 
     optimizer: Callable[..., Any]
     scheduler: Callable[..., Any] | None = None
     epochs: int | None = None
     always: bool = False
+    product_decay: float = 0.0
+
+    def __post_init__(self) -> None:  # before anything is trained: a fine-tuning may be hours away
+        check_product_decay(self.product_decay)
 
 
 @dataclass(frozen=True)
@@ -56,4 +61,11 @@ class Recipe:
 
     def classifier(self, net: nn.Module, training: Training) -> Classifier:
         """The network as it is trained and tested."""
-        return Classifier(net, training.optimizer, training.scheduler, self.channels_last, self.label_smoothing)
+        return Classifier(
+            net,
+            training.optimizer,
+            training.scheduler,
+            self.channels_last,
+            self.label_smoothing,
+            training.product_decay,
+        )

@@ -61,6 +61,10 @@ class Layout(ABC):
         """What the module's parameters hold, by name."""
 
     @abstractmethod
+    def tensors(self, module: nn.Module) -> tuple[Tensor, ...]:
+        """The inverse of `parameters`: its tensors from a module of this layout, for autograd to follow."""
+
+    @abstractmethod
     def describe(self) -> str:
         """A few words for a table, such as `3x3 16 > 1x1 64`."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import as_stored, build
+from lowrank_pl.layers import as_operator, as_stored, build
 from lowrank_pl.structures.base import Layout, total_macs
 
 
@@ -48,6 +48,10 @@ class Chain(Layout):
         stored = map(as_stored, tensors, self.stages)
         weights = {f"{i}.weight": tensor for i, tensor in enumerate(stored)}
         return {**weights, **({} if bias is None else {f"{len(self.stages) - 1}.bias": bias})}
+
+    def tensors(self, module: nn.Module) -> tuple[Tensor, ...]:
+        weights = (module.get_parameter(f"{i}.weight") for i in range(len(self.stages)))
+        return tuple(map(as_operator, weights, self.stages))
 
     def describe(self) -> str:
         return " > ".join(map(_in_words, self.stages))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
@@ -39,6 +40,10 @@ class Constant(Layout):
 
     def parameters(self, tensors: Sequence[Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         return {} if bias is None else {"bias": bias}
+
+    def tensors(self, module: nn.Module) -> tuple[Tensor, ...]:
+        like = next(module.parameters(), torch.empty(0))
+        return (like.new_empty(0),)
 
     def describe(self) -> str:
         return "constant"

@@ -40,6 +40,11 @@ class Dense(Layout):
     def parameters(self, tensors: Sequence[Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         return {"weight": tensors[0], **({} if bias is None else {"bias": bias})}
 
+    def tensors(self, module: nn.Module) -> tuple[Tensor, ...]:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return (weight,)
+
     def describe(self) -> str:
         return "dense"
 

@@ -67,6 +67,9 @@ class Tiles(Layout):
         right = {f"right.{i}": tensor for i, tensor in enumerate(tensors[regions:])}
         return {**left, **right, **({} if bias is None else {"bias": bias})}
 
+    def tensors(self, module: nn.Module) -> tuple[Tensor, ...]:
+        return tuple(parameter for name, parameter in module.named_parameters() if name != "bias")
+
     def describe(self) -> str:
         return f"tiles of {self.tile}, rank {self.rank}"
 
@@ -81,7 +84,7 @@ class Tiles(Layout):
     @classmethod
     def from_dict(cls, values: dict[str, Any], layer: LayerSpec) -> Tiles | None:
         """None where the tiles do not fit the layer. Raises `ValueError` where they are of something else."""
-        if values.get("kind") != "tiles" or values.get("run") not in _NOTES:
+        if values.get("kind") != "tiles" or values.get("run") not in tuple(_NOTES):
             return None
         tile, rank, spec = values.get("tile"), values.get("rank"), LayerSpec.from_dict(values.get("layer"))
         tiled = spec == layer.with_(inputs=()) and spec.kind != "conv_transpose" and spec.groups == 1

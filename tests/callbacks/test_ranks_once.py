@@ -60,12 +60,15 @@ def small():
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Counted(RankRule):
     """Another rule, which notes what it answers."""
 
     rule: RankRule
     answers: list = field(default_factory=list)
+
+    def __repr__(self):
+        return repr(self.rule)  # by which a checkpoint knows what chose its ranks
 
     @property
     def compares(self):
