@@ -176,9 +176,9 @@ def _report(dense: nn.Module, compressed: nn.Module, trace: Trace, total: tuple[
     return Report(*total, layers, _device_name(parameter.device), torch.get_num_threads(), tuple(uncounted))
 
 
-def print_plan(rows: Sequence[Row], console: Console | None = None) -> None:
+def print_plan(rows: Sequence[Row], console: Console | None = None, title: str = "Low-rank structures") -> None:
     """The table of a plan: every layer, its structure and rank, or why it stays dense."""
-    table = Table(box=box.SIMPLE_HEAD, title="Low-rank structures", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, title=title, pad_edge=False)
     for column, justify in (("layer", "left"), ("structure", "left"), ("rank", "right"), ("weights", "right"),
                             ("to", "right"), ("ratio", "right"), ("note", "left")):  # fmt: skip
         table.add_column(column, justify=justify, no_wrap=column != "note")  # type: ignore[arg-type]

@@ -122,7 +122,8 @@ def _rebuild(model: nn.Module, entries: dict[str, Any], folder: Path) -> nn.Modu
         if name not in layers or entry["replaces"] != spec_of(layers[name]).to_dict():
             raise ValueError(
                 f"{folder} is for another network: layer {name!r} is {entry['replaces']} there and "
-                f"{spec_of(layers[name]).to_dict() if name in layers else 'missing'} here"
+                f"{spec_of(layers[name]).to_dict() if name in layers else 'missing'} here. Names of layers are those "
+                "of the whole that was saved: of a LightningModule, unless ExtractStructure(submodule=...) was given"
             )
         with torch.device("meta"):
             layout = layout_from_dict(entry["structure"], spec_of(layers[name]))

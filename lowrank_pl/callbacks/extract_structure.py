@@ -29,6 +29,8 @@ class ExtractStructure(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._method(trainer)
+        if self.dirpath is not None and Path(self.dirpath).is_file():
+            raise ValueError(f"Expected argument `dirpath` to be a folder but {self.dirpath} is a file")
         if self.submodule is not None and self.submodule not in dict(pl_module.named_modules()):
             raise ValueError(
                 f"Expected argument `submodule` to name a part of {type(pl_module).__name__} but got "

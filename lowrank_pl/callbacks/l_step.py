@@ -28,7 +28,9 @@ class LStep:
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("Expected exactly one of the arguments `l_step_epochs` and `l_step_steps`")
+            raise ValueError(
+                "Expected exactly one of the arguments `l_step_epochs` and `l_step_steps` (in LStep, `epochs` and `steps`)"
+            )
         for name, count in (("l_step_epochs", self.epochs), ("l_step_steps", self.steps)):
             if count is not None:
                 check_int(name, count, 1)

@@ -190,7 +190,7 @@ class LearningCompression(CompressionCallback):
             if not self.finished:
                 warn_of_dense(plan, self.rule, self.state, self.mu0, self.mu0)
             if trainer.is_global_zero:
-                print_plan(plan.rows(self.state.choices))
+                print_plan(plan.rows(self.state.choices), title="Low-rank structures after the first C step")
                 unit = lambda_in_words(plan, self.rule.charged, lambda_, self.state.scales if self.normalize else None)
                 terminal().print(unit, highlight=False)
 
@@ -204,6 +204,8 @@ class LearningCompression(CompressionCallback):
         if self.finished:
             trainer.should_stop = True
             warn_of_dense(plan, self.rule, self.state, self.mu0 * self.growth**j, self.mu0)
+            if trainer.is_global_zero and j > 0:
+                print_plan(plan.rows(self.state.choices), title="Low-rank structures after the last C step")
             return done
         self._warned = self._warned or warn_of_learning_rate(trainer, self.state.mu)
         if j > 0:

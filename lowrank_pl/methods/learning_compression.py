@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.compression import Compression, Plan
+from lowrank_pl.compression import Compression, Plan, describe
 from lowrank_pl.decompositions import ZERO, Choice
 from lowrank_pl.linalg import squared_norm
 from lowrank_pl.ranks import CostBudget, CostPenalty, RankProblem, enumerate_ranks
@@ -78,9 +78,14 @@ class LCState:
                 )
             choices[c.name] = choice = c.from_list(values["ranks"][c.name])
             here = c.parameter.device
-            tensors = tuple(x.to(here) for x in values["factors"][c.name])
-            empty = (c.read().new_empty(0),)  # before 0.2 nothing was stored for rank 0
-            structures[c.name] = Structure(choice.layout(c.layer), choice.rank, tensors or empty)
+            empty = [c.read().new_empty(0)]  # before 0.2 nothing was stored for rank 0
+            tensors = tuple(x.to(here) for x in values["factors"][c.name] or empty)
+            if not _fits(choice, c, tensors):
+                raise ValueError(
+                    f"Layer {c.name!r}: the checkpoint's factors are not those of {describe(c.method)}: expected the "
+                    "same network, method and targets"
+                )
+            structures[c.name] = Structure(choice.layout(c.layer), choice.rank, tensors)
             anchors[c.name] = values["anchors"][c.name].to(here)
         numbers = {key: values[key] for key in ("mu", "steps", "unchanged")}
         return cls(
@@ -286,7 +291,21 @@ def _choose(
 
     # What lambda leaves of the budget is spent greedily: now and then the ranks of before did better.
     old = [state.choices[problem.name] for problem in problems]
-    return (old if objective(old) < objective(choices) else choices), lambda_
+    allowed = all(
+        choice in enumerate_ranks(problem, rule.charged, cap_of(problem.name, rule.most)).choices
+        for problem, choice in zip(problems, old, strict=True)
+    )  # not where a resumed run has other caps
+    return (old if allowed and objective(old) < objective(choices) else choices), lambda_
+
+
+def _fits(choice: Choice, c: Compression, tensors: Sequence[Tensor]) -> bool:
+    """Whether these can be the factors of a choice."""
+    try:
+        if choice.decomposition is not None:
+            choice.decomposition.check_rank(c.layer, choice.rank)
+    except ValueError:
+        return False
+    return choice.layout(c.layer).shapes() == tuple(tuple(tensor.shape) for tensor in tensors)
 
 
 def _shifted(c: Compression, state: LCState | None) -> Tensor:
