@@ -125,13 +125,8 @@ def draw_ranks_over_cost(axes: Axes, runs: Path, rows: list[dict[str, str]]) -> 
 def draw_ranks_over_steps(axes: Axes, run: Path) -> None:
     for layer, points in read_ranks(run).items():
         axes.step(*zip(*points, strict=True), where="post", label=layer)
-    axes.set(
-        yscale="symlog",
-        yticks=[0, 1, 3, 10, 30, 100, 300],
-        xlabel="C step",
-        ylabel="rank",
-        title=f"Ranks while they are learned\n{run.name}",
-    )
+    axes.set(yscale="symlog", yticks=[0, 1, 3, 10, 30, 100, 300], xlabel="C step", ylabel="rank")
+    axes.set_title(f"Ranks while they are learned\n{run.name}")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rank, _: f"{rank:g}"))
     axes.legend(frameon=False, fontsize=8) if len(axes.lines) <= 6 else None
     axes.grid(alpha=0.3)
