@@ -35,9 +35,10 @@ class LearningCompression(CompressionCallback):
         budget: a `CostBudget`, such as `CostBudget("macs", 0.5)`, which has its own cost; lambda follows.
         method: a decomposition, its snake-case name, a mapping from name patterns to either, or `Cheapest(...)`.
         cost: `"macs"`, `"params"`, `"latency"`, or a function from a `LayerSpec` to a number.
-        mu0, growth: `mu = mu0 * growth^j` at C step j, counted from 0. A C step keeps what is worth `lambda / mu`: where
-            mu0 is large the ranks of the first C step are near the final ones, and training has little say in them.
-            Choose it so that the first ranks (`lowrank/rank/...`) are well below what you expect at the end.
+        mu0, growth: `mu = mu0 * growth^j` at C step j, counted from 0. A C step keeps what is worth `lambda / mu`:
+            with a large mu0 the ranks of the first C step are near the final ones, and training has little say in
+            them. Choose it so that the first ranks (`lowrank/rank/...`) are well below what you expect at the end.
+            With a budget the first ranks meet it at any mu0, and few change later: to learn ranks, give a lambda.
         steps: C steps, the first included.
         l_step_epochs, l_step_steps: the length of an L step in epochs, or in optimizer steps.
         normalize: multiply lambda by each layer's `||W||^2` at the start (the authors' code, for all but LeNet300).
