@@ -8,11 +8,13 @@ import argparse
 import csv
 import statistics
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 # Table 1 of Idelbayev & Carreira-Perpinan (CVPR 2020): MACs, parameters, test error; the reference first
 PAPER = {
@@ -26,8 +28,15 @@ PAPER = {
 }
 NAMES = {
     "lc": "learning-compression",
+    "lc_momentum": "learning-compression, momentum kept",
+    "lc_lambda": "learning-compression to a lambda",
     "direct_lc_ranks": "learning-compression's ranks, trained directly",
     "greedy_energy": "greedy energy, then trained",
+    # cells that differ by their learning rate, such as greedy_energy_lr_2e-2-0.14-seed0, up to the first hyphen
+    "greedy_energy_lr_2e": "greedy energy, then trained at 0.02",
+    "greedy_energy_lr_1e": "greedy energy, then trained at 0.01",
+    "energy_threshold_lr_2e": "energy threshold, then trained at 0.02",
+    "direct_lc_ranks_lr_2e": "learning-compression's ranks, trained directly",
     "energy_threshold": "energy threshold, then trained",
     "deeptwist": "DeepTwist",
 }
@@ -44,11 +53,11 @@ def main() -> None:
     canvas = Figure(figsize=(14, 4.2), layout="constrained")
     left, middle, right = canvas.subplots(1, 3, width_ratios=(1.3, 1, 1))
     draw_errors(left, rows, PAPER.get(arguments.experiment.name, []))
-    cells = [row["cell"] for row in rows if row["cell"].startswith("lc-") and "seed1" not in row["cell"]]
+    cells = [row["cell"] for row in rows if row["cell"].startswith("lc") and "seed1" not in row["cell"]]
     cells = [cell for cell in cells if "seed2" not in cell and (runs / cell / "metrics.csv").is_file()]
-    draw_ranks_over_cost(middle, runs, [row for row in rows if row["cell"] in cells])
-    if cells:  # the run that took the most C steps
-        draw_ranks_over_steps(right, max((runs / cell for cell in cells), key=c_steps))
+    draw_ranks_over_cost(middle, runs, [row for row in rows if row["cell"] in cells and row["cell"].startswith("lc-")])
+    if cells:  # the run whose ranks change most often
+        draw_ranks_over_steps(right, max((runs / cell for cell in cells), key=changes))
     canvas.savefig(arguments.experiment / "figure.png", dpi=110)
 
 
@@ -80,9 +89,14 @@ def draw_errors(axes: Axes, rows: list[dict[str, str]], paper: list[tuple[int, i
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.legend(frameon=False, fontsize=8)
-    for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        set_formatter(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:g}"[0] in "1235" else ""))
+    few_ticks(axes.xaxis)
     axes.grid(alpha=0.3, which="both")
+
+
+def few_ticks(axis: Axis) -> None:
+    """Of a logarithmic axis: numbers that begin with 1, 2, 3 or 5."""
+    for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+        set_formatter(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:g}"[0] in "1235" else ""))
 
 
 def read_ranks(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -95,8 +109,8 @@ def read_ranks(run: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def c_steps(run: Path) -> int:
-    return len(next(iter(read_ranks(run).values())))
+def changes(run: Path) -> int:
+    return sum(a[1] != b[1] for points in read_ranks(run).values() for a, b in pairwise(points))
 
 
 def draw_ranks_over_cost(axes: Axes, runs: Path, rows: list[dict[str, str]]) -> None:
@@ -107,7 +121,8 @@ def draw_ranks_over_cost(axes: Axes, runs: Path, rows: list[dict[str, str]]) -> 
     for layer, points in layers.items():
         axes.plot(*zip(*sorted(points), strict=True), "o-", markersize=4, label=layer)
     axes.set(xscale="log", yscale="log", xlabel="thousand multiply-adds", ylabel="rank", title="Learned ranks")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    few_ticks(axes.xaxis)
+    few_ticks(axes.yaxis)
     axes.legend(frameon=False, fontsize=8) if len(layers) <= 6 else None
     axes.grid(alpha=0.3)
 
@@ -115,7 +130,10 @@ def draw_ranks_over_cost(axes: Axes, runs: Path, rows: list[dict[str, str]]) -> 
 def draw_ranks_over_steps(axes: Axes, run: Path) -> None:
     for layer, points in read_ranks(run).items():
         axes.step(*zip(*points, strict=True), where="post", label=layer)
-    axes.set(yscale="symlog", xlabel="C step", ylabel="rank", title=f"Ranks while they are learned\n{run.name}")
+    axes.set(yscale="symlog", yticks=[0, 1, 3, 10, 30, 100, 300], xlabel="C step", ylabel="rank")
+    axes.set_title(f"Ranks while they are learned\n{run.name}")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda rank, _: f"{rank:g}"))
+    axes.legend(frameon=False, fontsize=8) if len(axes.lines) <= 6 else None
     axes.grid(alpha=0.3)
 
 

@@ -54,8 +54,9 @@ class LearningCompression(CompressionCallback):
         method: a decomposition, its snake-case name, a mapping from name patterns to either, or `Cheapest(...)`.
         cost: `"macs"`, `"params"`, `"latency"`, or a function from a `LayerSpec` to a number.
         mu0, growth: `mu = mu0 * growth^j` at C step j, counted from 0. A C step keeps what is worth `lambda / mu`:
-            where mu0 is large the ranks of the first C step are near the final ones, and training has little say in
+            with a large mu0 the ranks of the first C step are near the final ones, and training has little say in
             them. Choose it so that the first ranks (`lowrank/rank/...`) are well below what you expect at the end.
+            With a budget the first ranks meet it at any mu0, and few change later: to learn ranks, give a lambda.
         steps: C steps, the first included.
         l_step: an `LStep(epochs=...)`; or its fields here: `l_step_epochs` or `l_step_steps`, `penalty`, `lr_decay`,
             `restart_lr`, `clear_momentum`.
