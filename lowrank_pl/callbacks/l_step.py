@@ -29,7 +29,7 @@ class LStep:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(
-                "Expected exactly one of the arguments `l_step_epochs` and `l_step_steps` (in LStep, `epochs` and `steps`)"
+                "Expected exactly one of the arguments `l_step_epochs` and `l_step_steps` (of LStep: `epochs`, `steps`)"
             )
         for name, count in (("l_step_epochs", self.epochs), ("l_step_steps", self.steps)):
             if count is not None:
