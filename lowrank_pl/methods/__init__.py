@@ -1,14 +1,8 @@
 """Ways of getting a network to live in a structure, without a trainer."""
 
 from lowrank_pl.methods.deeptwist import Distortion, distort_, is_due
-from lowrank_pl.methods.learning_compression import (
-    CStep,
-    LCState,
-    add_penalty_gradients_,
-    c_step,
-    least_lambda,
-    least_mu,
-)
+from lowrank_pl.methods.lc_thresholds import least_lambda, least_mu
+from lowrank_pl.methods.learning_compression import CStep, LCState, add_penalty_gradients_, c_step
 
 __all__ = [
     "CStep",

@@ -241,36 +241,6 @@ def add_penalty_gradients_(plan: Plan, state: LCState, only: Collection[nn.Param
         weight.grad.add_(weight, alpha=state.mu).sub_(state.anchors[c.name], alpha=state.mu)
 
 
-def least_mu(
-    plan: Plan, rule: CostPenalty, scales: Mapping[str, float], normed: Collection[str] = ()
-) -> tuple[float, float]:
-    """Above which mu the first C step leaves at least one layer, and every layer, with a rank above 0."""
-    thresholds = []
-    for c in plan.compressions:
-        problem = c.problem(cost_weight=scales[c.name], least=0)
-        choices = enumerate_ranks(problem, rule.charged, cap_of(c.name, rule.most))
-        saved = choices.errors[0] - choices.errors[1:]
-        price = rule.lambda_ / MILLION * scales[c.name]
-        worth = [2 * price * cost / s for cost, s in zip(choices.costs[1:], saved, strict=True) if s > 0]
-        thresholds += [min(worth)] if worth else []
-    return min(thresholds, default=0.0), max(thresholds, default=0.0)
-
-
-def least_lambda(plan: Plan, rule: CostPenalty, state: LCState, mu: float) -> float:
-    """The lambda, per million units of cost, above which the C step at `mu` that left every layer dense (`state`, right
-    after it) leaves at least one otherwise; infinite if no rank is cheaper than dense.
-
-    `lambda scale C(r) + mu/2 e(r) < lambda scale C(dense)`, solved for lambda at every rank.
-    """
-    worth = []
-    for c in plan.compressions:
-        weight, scale = state.structures[c.name].reconstruct(), state.scales[c.name]
-        choices = enumerate_ranks(c.problem(weight, scale, least=0), rule.charged, cap_of(c.name, rule.most))
-        saved = scale / MILLION * (choices.costs.max() - choices.costs)
-        worth += [mu / 2 * error / s for error, s in zip(choices.errors, saved, strict=True) if s > 0]
-    return float(min(worth, default=float("inf")))
-
-
 def _choose(
     plan: Plan, rule: CostPenalty | CostBudget, problems: Sequence[RankProblem], state: LCState | None, mu: float
 ) -> tuple[list[Choice], float]:
