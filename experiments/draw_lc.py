@@ -34,6 +34,7 @@ NAMES = {
     "greedy_energy": "greedy energy, then trained",
     # cells that differ by their learning rate, such as greedy_energy_lr_2e-2-0.14-seed0, up to the first hyphen
     "greedy_energy_lr_2e": "greedy energy, then trained at 0.02",
+    "greedy_energy_spent_lr_2e": "greedy energy, all of the budget, then trained at 0.02",
     "greedy_energy_lr_1e": "greedy energy, then trained at 0.01",
     "energy_threshold_lr_2e": "energy threshold, then trained at 0.02",
     "direct_lc_ranks_lr_2e": "learning-compression's ranks, trained directly",
