@@ -25,7 +25,7 @@ from lowrank_pl.callbacks.lc_warnings import (
 from lowrank_pl.callbacks.learning_rate import clear_momentum_, start_l_step_
 from lowrank_pl.checks import check_int, check_number
 from lowrank_pl.compression import Plan, write_weights_
-from lowrank_pl.costs import Cost, Latency
+from lowrank_pl.costs import Cost, Latency, resolve_cost
 from lowrank_pl.decompositions import DENSE
 from lowrank_pl.methods import CStep, Distortion, LCState, add_penalty_gradients_, c_step
 from lowrank_pl.planning import MethodChoice, make_plan
@@ -100,6 +100,8 @@ class LearningCompression(CompressionCallback):
             raise TypeError(
                 f"Expected argument `budget` to be a CostBudget such as CostBudget('macs', 0.5), not {budget!r}"
             )
+        if budget is not None and cost != "macs" and resolve_cost(cost) != budget.charged:
+            raise ValueError(f"Expected argument `cost` beside `lambda_` only: a budget has its own, {budget.cost!r}")
         if budget is not None and most is not None:
             raise ValueError(
                 "Expected argument `most` beside `lambda_` only: a budget has its own, CostBudget(most=...)"

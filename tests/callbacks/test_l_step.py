@@ -5,7 +5,7 @@ import warnings
 import pytest
 from nets import EPOCH, Module, StepData, distance, loader, quiet_trainer, weights
 
-from lowrank_pl import LearningCompression
+from lowrank_pl import CostBudget, Latency, LearningCompression
 from lowrank_pl.callbacks.l_step import LStep
 
 FIELDS = [
@@ -105,3 +105,10 @@ def test_batches_that_are_skipped_before_the_first_that_runs(tmp_path):
     for name in ("conv2", "fc1"):
         theta = callback.state.structures[f"net.{name}"].reconstruct()
         assert distance({"": module.net.get_submodule(name).weight.detach()}, {"": theta}) == 0
+
+
+def test_a_budget_has_its_own_cost():
+    budget = CostBudget("params", 0.5)
+    with pytest.raises(ValueError, match="`cost` beside `lambda_` only: a budget has its own, Params"):
+        LearningCompression(budget=budget, cost=Latency(), l_step_epochs=1)
+    assert LearningCompression(budget=budget, cost="params", l_step_epochs=1).rule is budget
