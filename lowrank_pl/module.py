@@ -71,7 +71,7 @@ class Classifier(LightningModule):
         return loss + self.product_decay / 2 * sum_of_squares(self._deployed) if self.product_decay else loss
 
     def on_fit_start(self) -> None:  # when compression has put factors in
-        self._deployed = deployed_layers(self)
+        self._deployed = deployed_layers(self) if self.product_decay else {}
 
     def on_train_epoch_start(self) -> None:  # not called where an epoch is taken up in its middle
         self.train_loss.reset()
