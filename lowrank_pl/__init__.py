@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers; below the same by name
-    from lowrank_pl.callbacks import DeepTwist, ExtractStructure, LearningCompression, LStep
+    from lowrank_pl.callbacks import DeepTwist, ExtractStructure, LearningCompression, LStep, MuSchedule
     from lowrank_pl.costs import Latency, Macs, Params
     from lowrank_pl.decompositions import SVD, BlockSVD, Cheapest, SpatialSVD, TiledSVD, Tucker2
     from lowrank_pl.extraction import compress
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
     from lowrank_pl.targets import Targets
 
 _HOMES = {
-    "lowrank_pl.callbacks": ("DeepTwist", "ExtractStructure", "LearningCompression", "LStep"),
+    "lowrank_pl.callbacks": ("DeepTwist", "ExtractStructure", "LearningCompression", "LStep", "MuSchedule"),
     "lowrank_pl.planning": ("make_plan",),
     "lowrank_pl.extraction": ("compress",),
     "lowrank_pl.storage": ("load_compressed", "save_compressed"),
@@ -68,6 +68,7 @@ __all__ = [
     "Latency",
     "LearningCompression",
     "Macs",
+    "MuSchedule",
     "MultipleOf",
     "Params",
     "RankFraction",

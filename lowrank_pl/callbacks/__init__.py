@@ -3,7 +3,7 @@
 from lowrank_pl.callbacks.compression_callback import CompressionCallback
 from lowrank_pl.callbacks.deeptwist import DeepTwist
 from lowrank_pl.callbacks.extract_structure import ExtractStructure
-from lowrank_pl.callbacks.l_step import LStep
+from lowrank_pl.callbacks.lc_settings import LStep, MuSchedule
 from lowrank_pl.callbacks.learning_compression import LearningCompression
 
-__all__ = ["CompressionCallback", "DeepTwist", "ExtractStructure", "LStep", "LearningCompression"]
+__all__ = ["CompressionCallback", "DeepTwist", "ExtractStructure", "LStep", "LearningCompression", "MuSchedule"]

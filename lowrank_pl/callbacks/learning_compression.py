@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from lowrank_pl.callbacks.compression_callback import CompressionCallback, Occasion, rank_metrics
-from lowrank_pl.callbacks.l_step import LStep, LStepNames, l_step_of
+from lowrank_pl.callbacks.lc_settings import LCSettings, LStep, MuSchedule, schedule_and_l_step
 from lowrank_pl.callbacks.lc_warnings import (
     check_optimizers,
     check_targets,
@@ -23,7 +23,6 @@ from lowrank_pl.callbacks.lc_warnings import (
     warn_of_zeros,
 )
 from lowrank_pl.callbacks.learning_rate import clear_momentum_, start_l_step_
-from lowrank_pl.checks import check_int, check_number
 from lowrank_pl.compression import Plan, write_weights_
 from lowrank_pl.costs import Cost, Latency, resolve_cost
 from lowrank_pl.decompositions import DENSE
@@ -53,11 +52,8 @@ class LearningCompression(CompressionCallback):
         budget: a `CostBudget`, such as `CostBudget("macs", 0.5)`, which has its own cost; lambda follows.
         method: a decomposition, its snake-case name, a mapping from name patterns to either, or `Cheapest(...)`.
         cost: `"macs"`, `"params"`, `"latency"`, or a function from a `LayerSpec` to a number.
-        mu0, growth: `mu = mu0 * growth^j` at C step j, counted from 0. A C step keeps what is worth `lambda / mu`:
-            with a large mu0 the ranks of the first C step are near the final ones, and training has little say in
-            them. Choose it so that the first ranks (`lowrank/rank/...`) are well below what you expect at the end.
-            With a budget the first ranks meet it at any mu0, and few change later: to learn ranks, give a lambda.
-        steps: C steps, the first included.
+        schedule: a `MuSchedule(mu0=..., growth=..., steps=...)`; or its fields here: `mu0`, `growth`, `steps` (C steps,
+            the first included), `patience`, `tolerance`.
         l_step: an `LStep(epochs=...)`; or its fields here: `l_step_epochs` or `l_step_steps`, `penalty`, `lr_decay`,
             `restart_lr`, `clear_momentum`.
         most: the largest ranks, R_k in their equation 1: an int, or a mapping from name patterns to ints. A layer with
@@ -65,7 +61,6 @@ class LearningCompression(CompressionCallback):
         normalize: multiply lambda by each layer's `||W||^2` at the start (the authors' code, for all but LeNet300).
             False: lambda is loss per million units of cost, the same for every layer.
         targets: which layers; default `Targets()`, all but the first convolution and the last linear layer.
-        patience, tolerance: also end when no rank has changed for so many C steps and `||W - Theta|| / ||W||` is below.
         evaluate_distorted: validation, test and prediction see Theta.
         recalibrate_bn: re-estimate batch norm statistics over so many training batches at the end.
 
@@ -75,24 +70,20 @@ class LearningCompression(CompressionCallback):
     `unpenalized` counts such layers.
     """
 
-    def __init__(  # noqa: PLR0913  # the problem, the schedule, the L step, and when to end
+    def __init__(  # noqa: PLR0913  # the problem, its schedule, and what every compression callback takes
         self,
         lambda_: float | None = None,
         budget: CostBudget | None = None,
         method: MethodChoice = "svd",
         cost: str | Cost = "macs",
-        mu0: float = 1e-3,
-        growth: float = 1.2,
-        steps: int = 40,
+        schedule: MuSchedule | None = None,
         l_step: LStep | None = None,
         normalize: bool = True,
         targets: Targets | None = None,
-        patience: int = 5,
-        tolerance: float = 1e-3,
         evaluate_distorted: bool = True,
         recalibrate_bn: int = 0,
         most: Caps = None,
-        **l_step_names: Unpack[LStepNames],
+        **settings: Unpack[LCSettings],
     ) -> None:
         if (lambda_ is None) == (budget is None):
             raise ValueError("Expected exactly one of the arguments `lambda_` and `budget`")
@@ -106,19 +97,10 @@ class LearningCompression(CompressionCallback):
             raise ValueError(
                 "Expected argument `most` beside `lambda_` only: a budget has its own, CostBudget(most=...)"
             )
-        if l_step is not None and not isinstance(l_step, LStep):
-            raise TypeError(f"Expected argument `l_step` to be an LStep such as LStep(epochs=2) but got {l_step!r}")
-        if l_step is not None and l_step_names:
-            raise ValueError(f"Expected argument `l_step` or its fields {sorted(l_step_names)} but got both")
-        check_int("steps", steps, 1)
-        check_int("patience", patience, 1)
-        check_number("mu0", mu0, lambda x: 0 < x < float("inf"), "a number above 0")
-        check_number("growth", growth, lambda x: 1 < x < float("inf"), "a number above 1")
         self.rule = CostPenalty(lambda_, cost, most) if budget is None else budget  # type: ignore[arg-type]
         super().__init__(method, self.rule, targets, evaluate_distorted, recalibrate_bn)
-        self.mu0, self.growth, self.steps, self.normalize = mu0, growth, steps, normalize
-        self.l_step = l_step_of(l_step_names) if l_step is None else l_step
-        self.patience, self.tolerance = patience, tolerance
+        self.schedule, self.l_step = schedule_and_l_step(schedule, l_step, settings)
+        self.normalize = normalize
         self.state: LCState | None = None
         self.epochs = 0  # of the current L step
         self.finished = False
@@ -172,11 +154,12 @@ class LearningCompression(CompressionCallback):
         if occasion == "end" and not self.finished:
             done = 0 if state is None else state.steps
             warnings.warn(
-                f"Training ended after {done} of {self.steps} C steps; the last one follows now, at the mu reached",
+                f"Training ended after {done} of {self.schedule.steps} C steps; the last one follows now, at the mu "
+                "reached",
                 stacklevel=2,
             )
             if self.trace is not None:
-                mu = self.mu0 if state is None else state.mu
+                mu = self.schedule.mu0 if state is None else state.mu
                 state, _ = self._next_state(plan, mu, mu)
         if state is None:  # nothing has been trained
             dense = dict.fromkeys((c.name for c in plan.compressions), DENSE)
@@ -189,9 +172,9 @@ class LearningCompression(CompressionCallback):
         if self.state is None:
             lambda_ = self._c_step(trainer, plan).lambda_
             assert self.state is not None
-            warn_of_zeros(plan, self.rule, self.state, self.mu0)
+            warn_of_zeros(plan, self.rule, self.state, self.schedule.mu0)
             if not self.finished:
-                warn_of_dense(plan, self.rule, self.state, self.mu0, self.mu0)
+                warn_of_dense(plan, self.rule, self.state, self.schedule.mu0, self.schedule.mu0)
             if trainer.is_global_zero:
                 print_plan(plan.rows(self.state.choices), title="Low-rank structures after the first C step")
                 unit = lambda_in_words(plan, self.rule.charged, lambda_, self.state.scales if self.normalize else None)
@@ -199,14 +182,14 @@ class LearningCompression(CompressionCallback):
 
     def _c_step(self, trainer: pl.Trainer, plan: Plan) -> CStep:
         j = 0 if self.state is None else self.state.steps
-        self.state, done = self._next_state(plan, self.mu0 * self.growth**j, self.mu0 * self.growth ** (j + 1))
+        self.state, done = self._next_state(plan, self.schedule.mu(j), self.schedule.mu(j + 1))
         self.last_step, self.epochs = trainer.global_step, 0
-        converged = self.state.unchanged >= self.patience and done.gap < self.tolerance
-        self.finished = self.state.steps >= self.steps or converged
-        self.log_metrics(trainer, self._metrics(plan, done, self.mu0 * self.growth**j))
+        converged = self.state.unchanged >= self.schedule.patience and done.gap < self.schedule.tolerance
+        self.finished = self.state.steps >= self.schedule.steps or converged
+        self.log_metrics(trainer, self._metrics(plan, done, self.schedule.mu(j)))
         if self.finished:
             trainer.should_stop = True
-            warn_of_dense(plan, self.rule, self.state, self.mu0 * self.growth**j, self.mu0)
+            warn_of_dense(plan, self.rule, self.state, self.schedule.mu(j), self.schedule.mu0)
             if trainer.is_global_zero and j > 0:
                 print_plan(plan.rows(self.state.choices), title="Low-rank structures after the last C step")
             return done
@@ -239,9 +222,9 @@ class LearningCompression(CompressionCallback):
     def length(self) -> dict[str, int]:
         """How long the trainer takes for all C steps: its `max_epochs` or `max_steps`."""
         if self.l_step.epochs is not None:
-            return {"max_epochs": max((self.steps - 1) * self.l_step.epochs, 1)}
+            return {"max_epochs": max((self.schedule.steps - 1) * self.l_step.epochs, 1)}
         assert self.l_step.steps is not None
-        return {"max_epochs": -1, "max_steps": max((self.steps - 1) * self.l_step.steps, 1)}
+        return {"max_epochs": -1, "max_steps": max((self.schedule.steps - 1) * self.l_step.steps, 1)}
 
     @property
     def _normed(self) -> list[str]:

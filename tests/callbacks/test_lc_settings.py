@@ -1,4 +1,4 @@
-"""What an L step is, as an `LStep` or as its fields among the callback's arguments."""
+"""The L step and the schedule of mu, as an `LStep` and a `MuSchedule` or as their fields among the arguments."""
 
 import warnings
 
@@ -6,7 +6,7 @@ import pytest
 from nets import EPOCH, Module, StepData, distance, loader, quiet_trainer, weights
 
 from lowrank_pl import CostBudget, Latency, LearningCompression
-from lowrank_pl.callbacks.l_step import LStep
+from lowrank_pl.callbacks.lc_settings import LStep, MuSchedule
 
 FIELDS = [
     ({"l_step_epochs": 2}, {"epochs": 2}),
@@ -33,6 +33,47 @@ def test_both_ways_say_the_same(names, fields):
     assert all(getattr(by_name.l_step, field) == value for field, value in fields.items())
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"mu0": 0.3},
+        {"growth": 2},
+        {"steps": 7, "patience": 2},
+        {"mu0": 1, "growth": 1.1, "steps": 3, "patience": 9, "tolerance": 0},
+    ],
+)
+def test_both_ways_schedule_the_same(fields):
+    by_name = LearningCompression(1.0, l_step_epochs=2, **fields)
+    by_object = LearningCompression(1.0, l_step_epochs=2, schedule=MuSchedule(**fields))
+    assert by_name.schedule == by_object.schedule == MuSchedule(**fields)
+    assert by_name.length == {"max_epochs": 2 * (fields.get("steps", 40) - 1)}
+    mu, growth = fields.get("mu0", 1e-3), fields.get("growth", 1.2)
+    for j in range(5):
+        assert by_name.schedule.mu(j) == pytest.approx(mu, rel=1e-12)
+        mu *= growth
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mu0": 0}, "`mu0`.*above 0.*0"),
+        ({"mu0": float("nan")}, "`mu0`.*nan"),
+        ({"growth": 1}, "`growth`.*above 1.*1"),
+        ({"steps": 0}, "`steps`.*at least 1.*0"),
+        ({"steps": 2.5}, "`steps`.*2.5"),
+        ({"patience": 0}, "`patience`.*at least 1.*0"),
+        ({"tolerance": -1}, "`tolerance`.*at least 0.*-1"),
+        ({"tolerance": "abc"}, "`tolerance`.*'abc'"),
+    ],
+)
+def test_what_is_no_schedule(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MuSchedule(**fields)
+    with pytest.raises(ValueError, match=message):
+        LearningCompression(1.0, l_step_epochs=1, **fields)
+
+
 def test_both_ways_train_the_same(tmp_path):
     ends = []
     for arguments in (
@@ -56,6 +97,8 @@ def test_both_ways_train_the_same(tmp_path):
         ({"l_step": LStep(epochs=2), "penalty": "quadratic"}, ValueError, r"`l_step`.*\['penalty'\].*both"),
         ({"l_step": 2}, TypeError, r"`l_step`.*LStep\(epochs=2\).*got 2"),
         ({"l_step": {"epochs": 2}}, TypeError, r"`l_step`.*LStep\(epochs=2\)"),
+        ({"l_step_epochs": 2, "schedule": MuSchedule(), "mu0": 1}, ValueError, r"`schedule`.*\['mu0'\].*both"),
+        ({"l_step_epochs": 2, "schedule": 1e-3}, TypeError, r"`schedule`.*MuSchedule such as.*got 0.001"),
         ({"l_step_epoch": 2}, TypeError, "unexpected keyword argument 'l_step_epoch'"),
         ({"l_step_epochs": 2, "momentum": 0.9}, TypeError, "unexpected keyword argument 'momentum'"),
         ({"epochs": 2}, TypeError, "unexpected keyword argument 'epochs'"),
