@@ -1,9 +1,11 @@
-"""Commands in children of a process that has imported everything, to be killed at any moment."""
+"""Commands in children of a process that has imported everything, to be killed at any moment, or to be attacked."""
 
 import multiprocessing
 import os
 import sys
+import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,47 @@ def finish(*words: str, folder: Path) -> int:
     return process.exitcode
 
 
-def _run(words: tuple[str, ...], folder: str) -> None:
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a command. `code` is None where it was still running after the time it had."""
+
+    code: int | None
+    output: str
+    seconds: float
+
+    @property
+    def is_clean(self) -> bool:
+        """It ended by itself, in time, and without a trace."""
+        return self.code is not None and self.code >= 0 and "Traceback (most recent call last)" not in self.output
+
+
+def attack(*words: str, folder: Path, seconds: float = 10, memory: int = 2**30) -> Outcome:
+    """A command that may take so long, and so many bytes more than what is imported."""
+    (folder / "output.txt").unlink(missing_ok=True)
+    begin = time.monotonic()
+    process = _CONTEXT.Process(target=_run, args=(words, str(folder), memory))
+    process.start()
+    process.join(seconds)
+    code, took = process.exitcode, time.monotonic() - begin
+    if code is None:
+        process.kill()
+        process.join()
+    file = folder / "output.txt"
+    return Outcome(code, file.read_text(errors="replace") if file.is_file() else "", took)
+
+
+def _limit(memory: int) -> None:
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[5]) if sys.platform == "linux" else 0
+    limit = pages * resource.getpagesize() + memory
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _run(words: tuple[str, ...], folder: str, memory: int | None = None) -> None:
     os.chdir(folder)
+    if memory is not None:
+        _limit(memory)
     out = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)

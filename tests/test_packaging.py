@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lowrank_pl"
 # Strict: what a room imports lies on a level above it in this list, or in the room itself. README.md draws the same.
 LEVELS = [
-    # 0: numbers
-    {"checks", "names", "files", "run_files", "terminal", "timing", "processes", "layer_spec", "linalg"},
+    # 0: numbers and files
+    {"checks", "names", "files", "reading", "terminal", "timing", "processes", "layer_spec", "linalg"},
+    {"run_files"},
     # 1: one weight
     {"layers"},
     {"structures"},
