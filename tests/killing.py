@@ -2,15 +2,17 @@
 
 import multiprocessing
 import os
+import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["lowrank_pl.cli.train", "lowrank_pl.cli.resume", "killing"])
+_CONTEXT.set_forkserver_preload(["lowrank_pl.cli.train", "lowrank_pl.cli.resume", "killing", "nets"])
 
 
 def start(*words: str, folder: Path) -> Any:
@@ -26,6 +28,35 @@ def finish(*words: str, folder: Path) -> int:
     process.join(300)
     assert process.exitcode is not None
     return process.exitcode
+
+
+def in_two_processes(work: Callable[..., None], *arguments: Any) -> None:
+    """Call `work(*arguments)` in two processes at once, which Lightning's `strategy="ddp"` finds to be the devices that
+    it wants; what it starts by itself would import everything anew."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    processes = [
+        _CONTEXT.Process(target=_work, args=(work, arguments, {**places, "LOCAL_RANK": rank, "RANK": rank}))
+        for rank in ("0", "1")
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0, 0]
+
+
+def _work(work: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
+    import torch
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    work(*arguments)
 
 
 @dataclass(frozen=True)

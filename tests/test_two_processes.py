@@ -1,11 +1,11 @@
-"""Two spawned processes (gloo): the first decides, both hold it, and both hear of what goes wrong."""
+"""Two processes (gloo): the first decides, both hold it, and both hear of what goes wrong."""
 
 import pickle
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing as mp
+from killing import in_two_processes
 from torch import nn
 
 from lowrank_pl import CostBudget, make_plan
@@ -62,9 +62,10 @@ def caught(make):
     return None
 
 
-def work(number, folder):
+def work(folder):
     """What each process does; its results go into a file of its own."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
+    dist.init_process_group("gloo")
+    number = dist.get_rank()
     seen = {"parallel": is_parallel(), "place": place()}
     seen["value"] = from_first((lambda: {"ranks": [(2,), (3,)], "of": "the first"}) if number == 0 else refuse)
     seen["none"] = from_first((lambda: None) if number == 0 else refuse)
@@ -89,7 +90,7 @@ def work(number, folder):
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    mp.spawn(work, (str(folder),), nprocs=2)
+    in_two_processes(work, str(folder))
     return [pickle.loads((folder / f"seen{number}").read_bytes()) for number in (0, 1)]
 
 

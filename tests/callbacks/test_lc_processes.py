@@ -3,6 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from killing import in_two_processes
 from nets import Module, Net, loader, quiet_trainer, weights
 
 from lowrank_pl import SVD, ExtractStructure, LearningCompression
@@ -42,21 +43,17 @@ class Watch(pl.Callback):
         torch.save(self.after, self.folder / f"rank{trainer.global_rank}.pt")
 
 
+def work(folder):
+    """What each process does."""
+    callback = LearningCompression(30.0, steps=4, mu0=0.05, growth=1.5, l_step_epochs=1)
+    extract = ExtractStructure(folder / "compressed", submodule="net")
+    callbacks = [Disagree(), callback, extract, Watch(folder, callback)]
+    quiet_trainer(folder, *callbacks, strategy="ddp", devices=2, max_epochs=9).fit(Module(Net()), loader())
+
+
 @pytest.mark.timeout(300)
 def test_both_hold_what_the_first_chose(tmp_path):
-    callback = LearningCompression(30.0, steps=4, mu0=0.05, growth=1.5, l_step_epochs=1)
-    extract = ExtractStructure(tmp_path / "compressed", submodule="net")
-    loop = quiet_trainer(
-        tmp_path,
-        Disagree(),
-        callback,
-        extract,
-        Watch(tmp_path, callback),
-        strategy="ddp_spawn",
-        devices=2,
-        max_epochs=9,
-    )
-    loop.fit(Module(Net()), loader())
+    in_two_processes(work, tmp_path)
     one, two = (torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in (0, 1))
     assert one.keys() == two.keys()
     assert len(one) == 10  # three epochs of three steps, and the end

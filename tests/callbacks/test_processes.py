@@ -3,7 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-import torch.multiprocessing as mp
+from killing import in_two_processes
 from nets import Module, Net, distance, loader, quiet_trainer, ranks, weights
 
 from lowrank_pl import CostBudget, DeepTwist, EnergyThreshold, ExtractStructure, FixedRank, Targets
@@ -48,23 +48,19 @@ class Watch(pl.Callback):
         trainer.save_checkpoint(self.folder / "after.ckpt")
 
 
+def equal_weights(folder):
+    """What each process of the first test does."""
+    callback = DeepTwist(2, "svd", FixedRank(2), Targets(), recalibrate_bn=1, monitor_loss=True)
+    extract = ExtractStructure(folder / "compressed", submodule="net")
+    callbacks = [Disagree(), callback, extract, Watch(folder)]
+    loop = quiet_trainer(folder, *callbacks, strategy="ddp", devices=2, max_epochs=1, num_sanity_val_steps=0)
+    loop.fit(Module(Net(norm=True)), loader(), loader(2))
+
+
 @pytest.mark.timeout(300)
 def test_both_hold_the_weights_of_the_first(tmp_path):
+    in_two_processes(equal_weights, tmp_path)
     net = Net(norm=True)
-    callback = DeepTwist(2, "svd", FixedRank(2), Targets(), recalibrate_bn=1, monitor_loss=True)
-    extract = ExtractStructure(tmp_path / "compressed", submodule="net")
-    loop = quiet_trainer(
-        tmp_path,
-        Disagree(),
-        callback,
-        extract,
-        Watch(tmp_path),
-        strategy="ddp_spawn",
-        devices=2,
-        max_epochs=1,
-        num_sanity_val_steps=0,
-    )
-    loop.fit(Module(net), loader(), loader(2))
     one, two = (torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in (0, 1))
     names = [name for name in one["end"] if not name.startswith("norm.") or "weight" in name]
     for step in (1, 2, 3):
@@ -93,22 +89,18 @@ class Choices(pl.Callback):
         torch.save((ranks, weights(pl_module.net)), self.folder / f"choices{trainer.global_rank}.pt")
 
 
+def chosen_in_the_middle(folder):
+    """At step 2, and for a validation before that."""
+    callback = DeepTwist(2, "svd", EnergyThreshold(0.5))
+    callbacks = [Disagree(), callback, Choices(folder, callback)]
+    limits = {"max_epochs": 1, "val_check_interval": 1, "num_sanity_val_steps": 0}
+    loop = quiet_trainer(folder, *callbacks, strategy="ddp", devices=2, **limits)
+    loop.fit(Module(Net()), loader(), loader(2))
+
+
 @pytest.mark.timeout(300)
 def test_ranks_that_follow_from_weights_are_the_first_ones(tmp_path):
-    """Chosen in the middle of training, at step 2, and for a validation before that."""
-    callback = DeepTwist(2, "svd", EnergyThreshold(0.5))
-    loop = quiet_trainer(
-        tmp_path,
-        Disagree(),
-        callback,
-        Choices(tmp_path, callback),
-        strategy="ddp_spawn",
-        devices=2,
-        max_epochs=1,
-        val_check_interval=1,
-        num_sanity_val_steps=0,
-    )
-    loop.fit(Module(Net()), loader(), loader(2))
+    in_two_processes(chosen_in_the_middle, tmp_path)
     (one, state), (two, other) = (torch.load(tmp_path / f"choices{i}.pt", weights_only=True) for i in (0, 1))
     assert one == two
     assert distance(state, other) == 0
@@ -117,10 +109,15 @@ def test_ranks_that_follow_from_weights_are_the_first_ones(tmp_path):
     assert {f"net.{name.removesuffix('.weight')}": [rank] for name, rank in ranks(net).items()} == one
 
 
+def unreachable(folder):
+    """A budget that the first process alone finds out to be too small."""
+    callback = DeepTwist(2, "svd", CostBudget("macs", 1e-3))
+    loop = quiet_trainer(folder, Disagree(), callback, strategy="ddp", devices=2, max_epochs=1)
+    with pytest.raises(ValueError, match=r"A budget of 0\.001 of the dense cost"):
+        loop.fit(Module(Net()), loader())
+
+
 @pytest.mark.timeout(300)
 def test_a_rule_that_cannot_choose_stops_both(tmp_path):
     """It fails on the first process alone; the second one must not wait for ever."""
-    callback = DeepTwist(2, "svd", CostBudget("macs", 1e-3))
-    loop = quiet_trainer(tmp_path, Disagree(), callback, strategy="ddp_spawn", devices=2, max_epochs=1)
-    with pytest.raises(mp.ProcessRaisedException, match=r"A budget of 0\.001 of the dense cost"):
-        loop.fit(Module(Net()), loader())
+    in_two_processes(unreachable, tmp_path)
