@@ -50,3 +50,8 @@ def _finals(base: type[T]) -> Iterator[type[T]]:
 def snake_case(name: str) -> str:
     """`TiledSVD` to `tiled_svd`, `SVD` to `svd`, `Tucker2` to `tucker2`."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def same_words(text: str) -> str:
+    """A `repr` without addresses, so that it is the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)

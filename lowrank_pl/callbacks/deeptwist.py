@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from lowrank_pl.checks import check_int
 from lowrank_pl.compression import Plan
 from lowrank_pl.decompositions import Choice
 from lowrank_pl.methods import Distortion, distort_, is_due
+from lowrank_pl.names import same_words
 from lowrank_pl.planning import MethodChoice, RankChoice
 from lowrank_pl.processes import from_first
 from lowrank_pl.ranks import RankProblem
@@ -134,8 +134,8 @@ class DeepTwist(CompressionCallback):
 
     @property
     def _asked(self) -> str:
-        """What ranks are chosen by, in words that are the same in every process."""
-        return re.sub(r" at 0x[0-9a-f]+", "", f"method={self.method!r}, rank={self.rank!r}, targets={self.targets!r}")
+        """What ranks are chosen by."""
+        return same_words(f"method={self.method!r}, rank={self.rank!r}, targets={self.targets!r}")
 
 
 def _restored(plan: Plan, ranks: Mapping[str, list[int]]) -> dict[str, Choice]:

@@ -27,6 +27,7 @@ from lowrank_pl.compression import Plan, write_weights_
 from lowrank_pl.costs import Cost, Latency, resolve_cost
 from lowrank_pl.decompositions import DENSE
 from lowrank_pl.methods import CStep, Distortion, LCState, add_penalty_gradients_, c_step
+from lowrank_pl.names import same_words
 from lowrank_pl.planning import MethodChoice, make_plan
 from lowrank_pl.processes import from_first, is_parallel
 from lowrank_pl.ranks import CostBudget, CostPenalty
@@ -249,8 +250,18 @@ class LearningCompression(CompressionCallback):
 
     def state_dict(self) -> dict[str, Any]:
         state = self._loaded if self.state is None or self.plan is None else self.state.to_dict(self.plan)
-        return {**super().state_dict(), "lc": state, "epochs": self.epochs, "finished": self.finished}
+        own = {"lc": state, "epochs": self.epochs, "finished": self.finished, "asked": self._asked}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._loaded, self.epochs, self.finished = state_dict["lc"], state_dict["epochs"], state_dict["finished"]
+        asked = state_dict.get("asked", self._asked)  # older checkpoints do not say
+        if asked != self._asked:
+            warnings.warn(f"The checkpoint was written with {asked}; it goes on with {self._asked}", stacklevel=2)
+
+    @property
+    def _asked(self) -> str:
+        """The problem that is solved."""
+        asked = {"rule": self.rule, "normalize": self.normalize, "penalty": self.l_step.penalty, "method": self.method}
+        return same_words(", ".join(f"{name}={value!r}" for name, value in asked.items()))

@@ -256,6 +256,27 @@ def test_a_finished_run_stays_finished(tmp_path):
     assert distance(weights(other.net), weights(module.net)) == 0
 
 
+def test_a_checkpoint_of_another_problem_is_warned_of(tmp_path):
+    _, loop = fit(tmp_path, LearningCompression(30.0, steps=2, **QUICK))
+    loop.save_checkpoint(tmp_path / "end.ckpt")
+    for other, said in (
+        (LearningCompression(30.0, steps=2, **QUICK), None),
+        (LearningCompression(60.0, steps=2, **QUICK), "lambda_=30.*goes on with.*lambda_=60"),
+        (LearningCompression(30.0, steps=2, normalize=False, **QUICK), "normalize=True.*goes on with.*normalize=False"),
+        (
+            LearningCompression(budget=CostBudget("macs", 0.5), steps=2, **QUICK),
+            "CostPenalty.*goes on with.*CostBudget",
+        ),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            again = quiet_trainer(tmp_path, other, max_epochs=9)
+            again.fit(Module(), loader(), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+        (*_, text) = ["", *(str(w.message) for w in caught if "goes on with" in str(w.message))]
+        assert bool(text) == (said is not None)
+        assert re.search(said or "", text)
+
+
 def test_a_test_from_a_checkpoint_sees_theta(tmp_path):
     callback = LearningCompression(30.0, steps=3, **QUICK)
     module, loop = fit(tmp_path, callback)
