@@ -39,7 +39,7 @@ _EXPANDED = 2**20  # characters, and 16 for each value
 _REFERENCE = re.compile(r"\$\{(\w[\w.]*)\}")
 
 
-class Foreign(ConfigSource):  # type: ignore[misc]
+class Foreign(ConfigSource):
     """A folder that Hydra reads configs from, within bounds: plain values and references, no settings of Hydra."""
 
     def __init__(self, provider: str, path: str) -> None:
@@ -91,7 +91,7 @@ class Foreign(ConfigSource):  # type: ignore[misc]
         return Path(f"{self.path}/{self._normalize_file_name(config_path)}")
 
 
-class _Folders(SearchPathPlugin):  # type: ignore[misc]
+class _Folders(SearchPathPlugin):
     """Where Hydra looks after the package's own configs."""
 
     places: ClassVar[list[str]] = []
@@ -131,7 +131,7 @@ def composed(name: str, words: Sequence[str], with_hydra: bool = False) -> DictC
 def check_foreign(name: str, words: Sequence[str]) -> None:
     """Compose what a command line asks for, every job of it, and compare Hydra's settings with those of the package and
     the command line alone. Raises `ValueError` where the folders have a say in them."""
-    overrides = _parsed(words)
+    overrides = parsed(words)
     given = [override.input_line for override in overrides if override.is_hydra_override()]
     jobs = [[override.input_line for override in overrides if not override.is_sweep_override()]]
     composed(name, jobs[0])  # what is wrong in a file is said with its name
@@ -165,24 +165,23 @@ def stored_links(folders: Sequence[Path], name: str) -> dict[str, str]:
 def check_overrides(words: Sequence[str], place: Path) -> None:
     """Raise `ValueError` for overrides from a file that are more than values of the config."""
     for word in words:
-        (override,) = _parsed([word])
+        (override,) = parsed([word])
         names = re.split(r"\W", f"{override.key_or_group}@{override.package or ''}")
         if word.startswith("-") or "hydra" in names or "${" in word or override.is_sweep_override():
             raise ValueError(f"{place}: expected values of the config but got {word!r}. If you wrote it, add --trust")
 
 
-def _parsed(words: Sequence[str]) -> list[Any]:
+def parsed(words: Sequence[str]) -> list[Any]:
+    """Overrides by Hydra's grammar. Raises `ValueError` or `HydraException` for what is none."""
     try:
-        parsed: list[Any] = OverridesParser.create().parse_overrides(list(words))
+        overrides: list[Any] = OverridesParser.create().parse_overrides(list(words))
     except RecursionError as error:
         raise ValueError(f"expected key=value but got {max(words, key=len)[:40]!r}...") from error
-    return parsed
+    return overrides
 
 
 def _check_values(plain: dict[Any, Any], file: Path) -> None:
-    count = 0
-    for key, value in flat(plain):
-        count += 1
+    for count, (key, value) in enumerate(flat(plain), 1):
         if count > _VALUES:
             raise ValueError(f"{file}: expected at most {_VALUES:,} values")
         # `${oc.env:...}`, which reads the environment, is what resolvers are

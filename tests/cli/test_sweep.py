@@ -151,12 +151,12 @@ def test_what_a_job_is_given_when_it_starts_and_when_it_resumes(
 ) -> None:
     given: list[tuple[str, ...]] = []
     monkeypatch.setattr("lowrank_pl.sweep.command", lambda *words: given.append(words) or [sys.executable, "-c", ""])
-    options = ["--config-dir", "conf", "--allow", "a.b", "--allow", "c", "--trust"]
+    options = ["--config-dir=conf", "--allow=a.b", "--allow=c", "--trust"]
     Sweep.open(tmp_path, [["seed=1"]]).run(1, options, lambda line: None)
     (tmp_path / "0" / "config.yaml").write_text("seed: 1")
     Sweep.open(tmp_path, [["seed=1"]]).run(1, options, lambda line: None)
-    assert given[0][:9] == ("train", *options, "seed=1")
-    assert given[1] == ("resume", str(tmp_path / "0"), "--allow", "a.b", "--allow", "c")
+    assert given[0][:6] == ("train", *options, "seed=1")
+    assert given[1] == ("resume", str(tmp_path / "0"), "--allow=a.b", "--allow=c")
 
 
 def test_a_job_that_is_stopped_before_it_is_a_run_was_interrupted(
