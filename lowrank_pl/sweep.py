@@ -33,9 +33,16 @@ class Sweep:
     _signal: int | None = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, directory: str | Path, jobs: Sequence[Job], extend: bool = False) -> Sweep:
+    def open(
+        cls,
+        directory: str | Path,
+        jobs: Sequence[Job],
+        extend: bool = False,
+        check: Callable[[Job], None] | None = None,
+    ) -> Sweep:
         """Write the manifest, or find the jobs in the one that is there. Raises `ValueError` for another grid, unless
-        `extend` adds what is missing, and for a folder that leads elsewhere."""
+        `extend` adds what is missing, for a folder that leads elsewhere, and where `check` does for a job that only the
+        manifest has: it may be somebody else's."""
         path = Path(directory).absolute()
         manifest = path / "sweep.json"
         _check_own(path, _LOCK, _MANIFEST_LOCK, manifest.name, "references")
@@ -47,6 +54,9 @@ class Sweep:
                     f"{path} holds another grid, of {len(known)} jobs: {len(missing)} of these {len(jobs)} are not "
                     "among them. Add --extend to add them, or choose another --dir"
                 )
+            for job in known.values():
+                if check is not None and job not in jobs:
+                    _check_job(job, check, manifest)
             for job in missing:
                 known[str(len(known))] = list(job)
             _check_own(path, *known, *(f"{name}/{_LOG}" for name in known))
@@ -195,6 +205,13 @@ def _read(manifest: Path) -> dict[str, Job]:
     if not good:
         raise ValueError(f"{manifest}: expected jobs named 0, 1, ... with a list of overrides each")
     return jobs
+
+
+def _check_job(job: Job, check: Callable[[Job], None], manifest: Path) -> None:
+    try:
+        check(job)
+    except ValueError as error:
+        raise ValueError(f"{manifest}: {error}") from error
 
 
 def _check_own(directory: Path, *names: str) -> None:

@@ -25,9 +25,10 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.configs import flat
 from lowrank_pl.reading import check_yaml, read_text
 from lowrank_pl.run_files import read_facts
@@ -36,6 +37,8 @@ _BYTES = 2**17  # of a config file: ours have less than 2 KB
 _VALUES = 5000
 _BRANCHES = 10_000  # of defaults in defaults
 _EXPANDED = 2**20  # characters, and 16 for each value
+# what Hydra notes of the command line and of what it has read
+_NOTED = re.compile(r"overrides\b|runtime\.(choices|config_sources)\b|job\.(config_name|override_dirname)$")
 _REFERENCE = re.compile(r"\$\{(\w[\w.]*)\}")
 
 
@@ -128,13 +131,14 @@ def composed(name: str, words: Sequence[str], with_hydra: bool = False) -> DictC
         raise ValueError(str(cause) if isinstance(cause, (ValueError, HydraException)) else _line(cause)) from error
 
 
-def check_foreign(name: str, words: Sequence[str]) -> None:
+def check_foreign(name: str, words: Sequence[str], allow: Sequence[str]) -> None:
     """Compose what a command line asks for, every job of it, and compare Hydra's settings with those of the package and
-    the command line alone. Raises `ValueError` where the folders have a say in them."""
+    the command line alone. Raises `ValueError` where the folders have a say in them, or call what is neither on the
+    list nor in `allow`."""
     overrides = parsed(words)
     given = [override.input_line for override in overrides if override.is_hydra_override()]
     jobs = [[override.input_line for override in overrides if not override.is_sweep_override()]]
-    composed(name, jobs[0])  # what is wrong in a file is said with its name
+    configs = [composed(name, jobs[0], with_hydra=True)]  # first: what is wrong in a file is said with its name
     with searching([], trusted=True):
         own = composed("train", given, with_hydra=True).hydra
     if any(override.is_sweep_override() for override in overrides):
@@ -142,10 +146,20 @@ def check_foreign(name: str, words: Sequence[str]) -> None:
         if not isinstance(sweeper, dict) or not str(sweeper["_target_"]).endswith(".BasicSweeper") or sweeper["params"]:
             raise ValueError("with --config-dir, expected Hydra's own sweeper. If you wrote the configs, add --trust")
         jobs += [list(job) for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
-    for job in jobs:
-        config = composed(name, job, with_hydra=True)
+        configs += [composed(name, job, with_hydra=True) for job in jobs[1:]]
+    for job, config in zip(jobs, configs, strict=True):
         _compare(config.hydra, own, job)
         _check_expansion(OmegaConf.to_container(config, resolve=False))
+        with open_dict(config):
+            del config["hydra"]
+        check_targets(config, allow)
+
+
+def check_search_path(words: Sequence[str]) -> None:
+    """Raise `ValueError` for an override by which Hydra finds configs past the options that are checked."""
+    for override in parsed(words):
+        if re.fullmatch(r"hydra([./]searchpath)?", override.key_or_group):
+            raise ValueError(f"{override.input_line!r}: name a folder of configs by --config-dir, or add --trust")
 
 
 def stored_links(folders: Sequence[Path], name: str) -> dict[str, str]:
@@ -162,13 +176,16 @@ def stored_links(folders: Sequence[Path], name: str) -> dict[str, str]:
     return {}
 
 
-def check_overrides(words: Sequence[str], place: Path) -> None:
+def check_overrides(words: Sequence[str]) -> None:
     """Raise `ValueError` for overrides from a file that are more than values of the config."""
     for word in words:
-        (override,) = parsed([word])
+        try:
+            (override,) = parsed([word])
+        except HydraException as error:
+            raise ValueError(f"expected key=value but got {word!r}") from error
         names = re.split(r"\W", f"{override.key_or_group}@{override.package or ''}")
         if word.startswith("-") or "hydra" in names or "${" in word or override.is_sweep_override():
-            raise ValueError(f"{place}: expected values of the config but got {word!r}. If you wrote it, add --trust")
+            raise ValueError(f"expected values of the config but got {word!r}. If you wrote it, add --trust")
 
 
 def parsed(words: Sequence[str]) -> list[Any]:
@@ -194,17 +211,14 @@ def _check_values(plain: dict[Any, Any], file: Path) -> None:
 
 def _compare(hydra: DictConfig, own: DictConfig, job: Sequence[str]) -> None:
     first, second = (dict(flat(OmegaConf.to_container(node, resolve=False))) for node in (hydra, own))
-    for key in [*first, *second]:
-        # what Hydra notes of the command line and the machine
-        noted = key.startswith(("runtime.", "overrides.")) or key in ("overrides", "job.config_name")
-        if not noted and key != "job.override_dirname" and first.get(key) != second.get(key):
-            raise ValueError(
-                f"the configs in --config-dir change Hydra's `hydra.{key}`. If you wrote them, add --trust; a top one "
-                "begins with `defaults: [train, _self_]`"
-            )
-    noted_words = [*hydra.overrides.hydra, *hydra.overrides.task]
-    if sorted(noted_words) != sorted(job):
-        raise ValueError("the configs in --config-dir change Hydra's `hydra.overrides`. If you wrote them, add --trust")
+    changed = [key for key in {**first, **second} if first.get(key) != second.get(key) and not _NOTED.match(key)]
+    if sorted([*hydra.overrides.hydra, *hydra.overrides.task]) != sorted(job):
+        changed.append("overrides")
+    if changed:
+        raise ValueError(
+            f"the configs in --config-dir change Hydra's `hydra.{changed[0]}`. If you wrote them, add --trust; one for "
+            "--config-name begins with `defaults: [train, _self_]`"
+        )
 
 
 def _check_expansion(plain: Any) -> None:

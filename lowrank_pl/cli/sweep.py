@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -47,11 +48,9 @@ def main() -> None:
         parser.error(f"expected --jobs to be 1 or more but got {given.jobs}")
     try:
         with searching([Path(folder) for folder in given.config_dir], given.trust):
-            jobs = expand(given.grid, given.config_name, bool(given.config_dir) and not given.trust)
-            sweep = Sweep.open(given.dir or Path("sweeps") / key_of(jobs), jobs, given.extend)
-            if not given.trust:
-                found = [job for job in sweep.jobs.values() if job not in jobs]
-                check_found(found, sweep.directory / "sweep.json", given.config_name, given.allow)
+            jobs = expand(given.grid, given.config_name, given.allow if given.config_dir and not given.trust else None)
+            check = None if given.trust else partial(check_found, name=given.config_name, allow=given.allow)
+            sweep = Sweep.open(given.dir or Path("sweeps") / key_of(jobs), jobs, given.extend, check)
         code = sweep.run(given.jobs, _passed_on(given), say)
     except (ValueError, OSError, HydraException) as error:
         sys.exit(f"lowrank-pl sweep: {error}")
@@ -65,10 +64,10 @@ def main() -> None:
     sys.exit(code)
 
 
-def expand(grid: list[str], name: str, foreign: bool) -> list[list[str]]:
+def expand(grid: list[str], name: str, allow: list[str] | None) -> list[list[str]]:
     """The jobs of a grid, each tried out on the configuration, so that a wrong name ends it before anything is run.
 
-    `foreign` says that the configs may be from elsewhere.
+    Where configs may be from elsewhere, `allow` is what they may call besides the list.
     """
     overrides = parsed(grid)
     for override in overrides:
@@ -77,19 +76,16 @@ def expand(grid: list[str], name: str, foreign: bool) -> list[list[str]]:
     jobs = [list(job) for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
     for job in jobs:
         composed(name, job)
-        if foreign:
-            check_foreign(name, job)
+        if allow is not None:
+            check_foreign(name, job, allow)
     return jobs
 
 
-def check_found(jobs: list[list[str]], manifest: Path, name: str, allow: list[str]) -> None:
-    """Raise `ValueError` for jobs in a manifest that is not ours which do more than a stored config may."""
-    for job in jobs:
-        check_overrides(job, manifest)
-        try:
-            check_targets(composed(name, job), allow)
-        except ValueError as error:
-            raise ValueError(f"{manifest}: {error}") from error
+def check_found(job: list[str], name: str, allow: list[str]) -> None:
+    """Raise `ValueError` for a job from a manifest, which may be somebody else's, that does more than a stored config
+    may."""
+    check_overrides(job)
+    check_targets(composed(name, job), allow)
 
 
 def _passed_on(given: argparse.Namespace) -> list[str]:
