@@ -6,8 +6,8 @@ from rich.console import Console
 
 
 def terminal() -> Console:
-    """Standard output; 100 columns wide where that is no terminal."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100)
+    """Standard output; 100 columns wide where that is no terminal. `:name:` in a path is no emoji."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100, emoji=False)
 
 
 def printable(text: str) -> str:
