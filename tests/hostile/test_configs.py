@@ -43,7 +43,10 @@ def words(case: dict[str, Any]) -> list[str]:
     return case["words"].split() if isinstance(case["words"], str) else case["words"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case["name"], marks=[pytest.mark.slow] * case.get("slow", False)) for case in CASES],
+)
 def test_nothing_foreign_decides(case: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "here"
     folder.mkdir()
