@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import re
 import signal
@@ -12,15 +11,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from lowrank_pl.files import write_files
+from lowrank_pl.reading import read_json
 from lowrank_pl.run_files import as_json, is_running, locked, read_facts
 
 Job = list[str]  # overrides
+_LOCK, _MANIFEST_LOCK, _LOG = ".lock", ".manifest.lock", "output.log"  # a sweep holds the first one while it runs
 
 
 @dataclass
@@ -33,23 +33,35 @@ class Sweep:
     _signal: int | None = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, directory: str | Path, jobs: Sequence[Job], extend: bool = False) -> Sweep:
+    def open(
+        cls,
+        directory: str | Path,
+        jobs: Sequence[Job],
+        extend: bool = False,
+        check: Callable[[Job], None] | None = None,
+    ) -> Sweep:
         """Write the manifest, or find the jobs in the one that is there. Raises `ValueError` for another grid, unless
-        `extend` adds what is missing."""
+        `extend` adds what is missing, for a folder that leads elsewhere, and where `check` does for a job that only the
+        manifest has: it may be somebody else's."""
         path = Path(directory).absolute()
         manifest = path / "sweep.json"
-        known = _read(manifest) if manifest.is_file() else {}
-        missing = [job for job in jobs if job not in known.values()]
-        if known and not extend and (missing or len(jobs) != len(known)):
-            raise ValueError(
-                f"{path} holds another grid, of {len(known)} jobs: {len(missing)} of these {len(jobs)} are not "
-                "among them. Add --extend to add them, or choose another --dir"
-            )
-        for job in missing:
-            known[str(len(known))] = list(job)
-        path.mkdir(parents=True, exist_ok=True)
-        if missing:
-            write_files({manifest: as_json({"jobs": known})})
+        _check_own(path, _LOCK, _MANIFEST_LOCK, manifest.name, "references")
+        with locked(path / _MANIFEST_LOCK):  # others may extend it now
+            known = _read(manifest) if manifest.is_file() else {}
+            missing = [job for job in jobs if job not in known.values()]
+            if known and not extend and (missing or len(jobs) != len(known)):
+                raise ValueError(
+                    f"{path} holds another grid, of {len(known)} jobs: {len(missing)} of these {len(jobs)} are not "
+                    "among them. Add --extend to add them, or choose another --dir"
+                )
+            for job in known.values():
+                if check is not None and job not in jobs:
+                    _check_job(job, check, manifest)
+            for job in missing:
+                known[str(len(known))] = list(job)
+            _check_own(path, *known, *(f"{name}/{_LOG}" for name in known))
+            if missing:
+                write_files({manifest: as_json({"jobs": known})})
         return cls(path, known)
 
     def status(self, name: str) -> str:
@@ -60,7 +72,7 @@ class Sweep:
         if is_running(directory):
             return "running"
         if facts is None:  # a job that was begun has at least a log
-            return "failed" if (directory / "output.log").is_file() else "missing"
+            return "failed" if (directory / _LOG).is_file() else "missing"
         return "stopped" if facts["status"] == "running" else facts["status"]
 
     def run(self, at_once: int, options: Sequence[str], say: Callable[[str], None]) -> int:
@@ -70,7 +82,7 @@ class Sweep:
         """
         before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with locked(self.directory / ".lock"):
+            with locked(self.directory / _LOCK):
                 self._run(at_once, list(options), say)
         finally:
             for number, handler in before.items():
@@ -103,13 +115,12 @@ class Sweep:
         directory = self.directory / name
         directory.mkdir(exist_ok=True)
         if self._is_begun(name):
-            allowed = [value for flag, value in pairwise(options) if flag == "--allow"]
-            words = ["resume", str(directory), *(word for value in allowed for word in ("--allow", value))]
+            words = ["resume", str(directory), *(word for word in options if word.startswith("--allow="))]
         else:
             places = {"hydra.run.dir": directory, "paths.references": self.directory / "references"}
             words = ["train", *options, *self.jobs[name], *(f"{key}={quoted(place)}" for key, place in places.items())]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-        with open(directory / "output.log", "ab") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        with open(directory / _LOG, "ab") as log:
             offset = log.tell()
             process = subprocess.Popen(
                 command(*words),
@@ -120,7 +131,7 @@ class Sweep:
                 start_new_session=True,  # Ctrl-C reaches them from here, once
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
-            return _Started(process, directory / "output.log", offset)
+            return _Started(process, directory / _LOG, offset)
 
     def _outcome(self, name: str, job: _Started) -> str:
         """How a job has ended, and where it failed, why."""
@@ -170,12 +181,13 @@ def command(*words: str) -> list[str]:
     `random.py`, imports what lies there.
     """
     code = f"import sys; sys.path[:] = {[str(p) for p in sys.path]!r}; from lowrank_pl.cli import main; main()"
-    return [sys.executable, "-c", code, *words]
+    # -E: an empty entry of PYTHONPATH would be the current folder, before the line above is reached
+    return [sys.executable, "-E", "-u", "-c", code, *words]
 
 
 def quoted(value: Any) -> str:
     """A value that Hydra's grammar takes as it is."""
-    if re.fullmatch(r"[\w/.-]+", str(value)):
+    if re.fullmatch(r"[\w/.-]+", str(value), re.ASCII):
         return str(value)
     text = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), str(value))
     return f"'{text}'"
@@ -183,7 +195,7 @@ def quoted(value: Any) -> str:
 
 def _read(manifest: Path) -> dict[str, Job]:
     try:
-        jobs: dict[str, Job] = json.loads(manifest.read_text())["jobs"]
+        jobs: dict[str, Job] = read_json(manifest)["jobs"]
         good = all(
             name == str(number) and isinstance(job, list) and all(isinstance(word, str) for word in job)
             for number, (name, job) in enumerate(jobs.items())
@@ -193,6 +205,20 @@ def _read(manifest: Path) -> dict[str, Job]:
     if not good:
         raise ValueError(f"{manifest}: expected jobs named 0, 1, ... with a list of overrides each")
     return jobs
+
+
+def _check_job(job: Job, check: Callable[[Job], None], manifest: Path) -> None:
+    try:
+        check(job)
+    except ValueError as error:
+        raise ValueError(f"{manifest}: {error}") from error
+
+
+def _check_own(directory: Path, *names: str) -> None:
+    """What a sweep writes into lies in its folder: a link would lead elsewhere, and a pipe would wait for a reader."""
+    for place in (directory / name for name in names):
+        if place.is_symlink() or (place.exists() and not (place.is_file() or place.is_dir())):
+            raise ValueError(f"{place}: expected a file or folder of the sweep, not a link or pipe: remove it")
 
 
 def _end_with_parent() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -36,26 +36,30 @@ def check_targets(config: Any, allow: Iterable[str] = ()) -> None:
     """Raise `ValueError` for a config whose `_target_`s are not on the list, to which `allow` adds names.
 
     The object that is found counts, not the name it was found by: `pytorch_lightning.loggers.os.system` is `os.system`.
-    Nothing is imported but the packages on the list.
+    Nothing is imported but the modules on the list, those in them, and the packages that they lie in.
     """
     exact, modules = set(_EXACT), set(_MODULES)
     for name in allow:
         try:
-            found = _find(name, {name.partition(".")[0]})
+            found = _find(name, lambda module: True)
         except (ImportError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"--allow {name}: {error}. Expected the full name of a class, function or module"
             ) from error
         (modules if isinstance(found, ModuleType) else exact).add(_true_name(found))
-    roots = {name.partition(".")[0] for name in (*exact, *modules)}
     for key, name in _targets(OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config):
-        _check(key, name, roots, exact, modules, bool(allow))
+        _check(key, name, exact, modules, bool(allow))
 
 
-def _check(key: str, name: Any, roots: set[str], exact: set[str], modules: set[str], extended: bool) -> None:
+def _check(key: str, name: Any, exact: set[str], modules: set[str], extended: bool) -> None:
     reason = "is not on the list of what a stored config may call"
+
+    def may_import(module: str) -> bool:
+        inside = any(module == own or module.startswith(f"{own}.") for own in modules)
+        return inside or any(own.startswith(f"{module}.") for own in (*exact, *modules))
+
     try:
-        found = _find(name, roots)
+        found = _find(name, may_import)
     except _NotListed:
         found = None
     except (ImportError, AttributeError, TypeError) as error:
@@ -72,22 +76,25 @@ def _check(key: str, name: Any, roots: set[str], exact: set[str], modules: set[s
 
 
 class _NotListed(ImportError):
-    """Its package is not looked into."""
+    """To look there, a module would be imported, and run, that is not on the list."""
 
 
-def _find(name: Any, roots: set[str]) -> Any:
+def _find(name: Any, may_import: Callable[[str], bool]) -> Any:
     if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
         raise TypeError(f"expected a dotted name, got {name!r}")
     root, *parts = name.split(".")
-    if root not in roots:
+    if not may_import(root):
         raise _NotListed(f"no name that begins with {root} is on the list")
     found: Any = import_module(root)
-    path = root
     for part in parts:
-        path = f"{path}.{part}"
+        if not isinstance(found, (ModuleType, type)):  # of other objects an attribute may be computed
+            raise TypeError(f"{part} is looked for in what is neither a module nor a class")
         # what is not there yet may be a module of this package, never one that the package has merely imported
         if not hasattr(found, part) and isinstance(found, ModuleType) and hasattr(found, "__path__"):
-            import_module(f"{found.__name__}.{part}")
+            module = f"{found.__name__}.{part}"
+            if not may_import(module):
+                raise _NotListed(f"{module} is not on the list")
+            import_module(module)
         found = getattr(found, part)
     return found
 

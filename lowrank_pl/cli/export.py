@@ -9,7 +9,7 @@ from pathlib import Path
 from lowrank_pl.cli.finished import Finished, seal
 from lowrank_pl.exporting import SUFFIXES, export
 from lowrank_pl.storage import save_compressed
-from lowrank_pl.terminal import terminal
+from lowrank_pl.terminal import say
 
 _DESCRIPTION = """\
 Write the compressed network of a finished run for deployment: pt2 (torch.export) and onnx files run without
@@ -45,4 +45,4 @@ def main() -> None:
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"lowrank-pl export: {error}")
     size = sum(file.stat().st_size for file in (place.iterdir() if place.is_dir() else [place]))
-    terminal().print(f"{place}: {size / 1e6:.2f} MB{said}", highlight=False, soft_wrap=True)
+    say(f"{place}: {size / 1e6:.2f} MB{said}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lowrank_pl.files import write_files
 from lowrank_pl.overview import gather, overview_tables, page, to_csv, to_markdown
-from lowrank_pl.terminal import terminal
+from lowrank_pl.terminal import say, terminal
 
 _DESCRIPTION = """\
 Gather all runs in these folders (sweeps, runs/, single runs) into a table here, and into runs.csv, runs.md and
@@ -31,12 +31,11 @@ def main() -> None:
     if not entries:
         sys.exit(f"lowrank-pl report: no run (a folder with run.json) in {', '.join(map(str, arguments.folders))}")
     output = (arguments.output or arguments.folders[0]).absolute()
-    console = terminal()
-    console.print(overview_tables(entries))
+    terminal().print(overview_tables(entries))
     texts = {"runs.csv": to_csv(entries), "runs.md": to_markdown(entries), "runs.html": page(entries)}
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_files({output / name: text.encode() for name, text in texts.items()})
     except OSError as error:
         sys.exit(f"lowrank-pl report: {error}; --output DIR writes elsewhere")
-    console.print(f"The page: {output / 'runs.html'}", highlight=False, soft_wrap=True)
+    say(f"The page: {output / 'runs.html'}")

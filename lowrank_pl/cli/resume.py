@@ -16,7 +16,7 @@ from lowrank_pl.cli.changes import show, still_done
 from lowrank_pl.cli.configs import change, read_stored, stored
 from lowrank_pl.cli.session import WHILE_BUILDING, WHILE_TRAINING, in_words, session
 from lowrank_pl.runs import Run, execute
-from lowrank_pl.terminal import terminal
+from lowrank_pl.terminal import say
 
 _DESCRIPTION = """\
 Go on with a run that was stopped, in its directory, from its newest checkpoint, as if it had not been stopped.
@@ -44,7 +44,7 @@ def main() -> None:
             changed = change(config, arguments.values, run.facts["links"])
             check_targets(config, arguments.allow)
             if not changed and run.facts["status"] == "finished":
-                terminal().print(f"Nothing to do: {run.directory} is finished.", highlight=False, soft_wrap=True)
+                say(f"Nothing to do: {run.directory} is finished.")
                 return
             lines = show(changed, run.directory, arguments.force)
             recipe = build(config, config.paths.references)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
-from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from lowrank_pl.cli.allowed import check_targets
+from lowrank_pl.cli.foreign import check_foreign, check_overrides, composed, parsed, searching
 from lowrank_pl.overview import gather, overview_tables
 from lowrank_pl.run_files import key_of
 from lowrank_pl.sweep import Sweep
-from lowrank_pl.terminal import terminal
+from lowrank_pl.terminal import say, terminal
 
 _DESCRIPTION = """\
 Run every combination of a grid, such as
@@ -29,46 +30,67 @@ interrupted and runs what is missing. One failed job does not end the others.
 def main() -> None:
     """Expand the grid by Hydra's grammar and run it."""
     parser = argparse.ArgumentParser(
-        prog=sys.argv[0], description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=sys.argv[0],
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("grid", metavar="KEY=VALUE[,VALUE...]", nargs="*", help="overrides of `lowrank-pl train`")
     parser.add_argument("--dir", type=Path, help="the sweep's folder (default: sweeps/<hash of the grid>)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many at a time, threads divided")
     parser.add_argument("--extend", action="store_true", help="add this grid to the jobs that the folder holds")
-    for name in ("--config-dir", "--config-name", "--allow"):
-        parser.add_argument(name, action="append", default=[], help="passed on to `lowrank-pl train`")
-    parser.add_argument("--trust", action="store_true", help="passed on to `lowrank-pl train`")
-    arguments = parser.parse_intermixed_args()
-    if arguments.jobs < 1:
-        parser.error(f"expected --jobs to be 1 or more but got {arguments.jobs}")
-    options = [word for name in ("config_dir", "config_name", "allow") for value in getattr(arguments, name)
-               for word in (f"--{name.replace('_', '-')}", value)] + ["--trust"] * arguments.trust  # fmt: skip
+    parser.add_argument("--config-name", default="train", help="passed on to `lowrank-pl train`")
+    for name in ("--config-dir", "--allow"):
+        parser.add_argument(name, action="append", default=[], help="the same; may be repeated")
+    parser.add_argument("--trust", action="store_true", help="the same; the jobs that the folder holds are yours, too")
+    given = parser.parse_intermixed_args()
+    if given.jobs < 1:
+        parser.error(f"expected --jobs to be 1 or more but got {given.jobs}")
     try:
-        jobs = expand(arguments.grid, arguments.config_dir, (arguments.config_name or ["train"])[-1])
-        sweep = Sweep.open(arguments.dir or Path("sweeps") / key_of(jobs), jobs, arguments.extend)
-        code = sweep.run(arguments.jobs, options, lambda line: print(line, flush=True))  # noqa: T201
+        with searching([Path(folder) for folder in given.config_dir], given.trust):
+            jobs = expand(given.grid, given.config_name, given.allow if given.config_dir and not given.trust else None)
+            check = None if given.trust else partial(check_found, name=given.config_name, allow=given.allow)
+            sweep = Sweep.open(given.dir or Path("sweeps") / key_of(jobs), jobs, given.extend, check)
+        code = sweep.run(given.jobs, _passed_on(given), say)
     except (ValueError, OSError, HydraException) as error:
         sys.exit(f"lowrank-pl sweep: {error}")
     entries = gather([sweep.directory])
     for entry in entries:
         entry.name = sweep.title(entry.name)
-    console = terminal()
-    console.print(overview_tables(entries))
-    console.print(f"Everything is in {sweep.directory}", highlight=False, soft_wrap=True)
+    terminal().print(overview_tables(entries))
+    say(f"Everything is in {sweep.directory}")
     if code > 128:
         sys.stderr.write("Interrupted; the same command goes on with it.\n")
     sys.exit(code)
 
 
-def expand(grid: list[str], folders: list[str], name: str) -> list[list[str]]:
-    """The jobs of a grid, each tried out on the configuration, so that a wrong name ends it before anything is run."""
-    overrides = OverridesParser.create().parse_overrides(grid)
+def expand(grid: list[str], name: str, allow: list[str] | None) -> list[list[str]]:
+    """The jobs of a grid, each tried out on the configuration, so that a wrong name ends it before anything is run.
+
+    Where configs may be from elsewhere, `allow` is what they may call besides the list.
+    """
+    overrides = parsed(grid)
     for override in overrides:
         if override.key_or_group.startswith("hydra"):
             raise ValueError(f"{override.input_line!r}: the sweep places its runs itself; use --dir")
     jobs = [list(job) for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
-    search = [f"hydra.searchpath=[{','.join(f'file://{Path(folder).absolute()}' for folder in folders)}]"]
-    with initialize_config_module("lowrank_pl.conf", version_base="1.3"):
-        for job in jobs:
-            compose(name, [*job, *(search if folders else [])])
+    for job in jobs:
+        composed(name, job)
+        if allow is not None:
+            check_foreign(name, job, allow)
     return jobs
+
+
+def check_found(job: list[str], name: str, allow: list[str]) -> None:
+    """Raise `ValueError` for a job from a manifest, which may be somebody else's, that does more than a stored config
+    may."""
+    check_overrides(job)
+    check_targets(composed(name, job), allow)
+
+
+def _passed_on(given: argparse.Namespace) -> list[str]:
+    """The options of `lowrank-pl train`, each with its value in one word, whatever that begins with."""
+    words = [] if given.config_name == "train" else [f"--config-name={given.config_name}"]
+    words += [f"--config-dir={folder}" for folder in given.config_dir]
+    words += [f"--allow={allowed}" for allowed in given.allow]
+    return [*words, *["--trust"] * given.trust]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,44 +10,81 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.build import build
 from lowrank_pl.cli.configs import links, mirrored, resolved, stored
-from lowrank_pl.cli.foreign import check_foreign, options_first, take_options
+from lowrank_pl.cli.foreign import check_foreign, check_search_path, searching, stored_links
 from lowrank_pl.cli.session import WHILE_BUILDING, WHILE_TRAINING, in_words, session
 from lowrank_pl.runs import Run, execute
+
+# Hydra's own options that we pass on.
+_FLAGS = (("--help", "-h"), ("--hydra-help",), ("--version",), ("--resolve",), ("--run", "-r"), ("--multirun", "-m"),
+          ("--shell-completion", "-sc"))  # fmt: skip
+_VALUES = (("--cfg", "-c"), ("--package", "-p"))
+# One finds configs past our check, the other one opens a pickle.
+_REFUSED = (("--config-path", "-cp"), ("--experimental-rerun",))
 
 
 def main() -> None:
     """Build what the configuration names and run it."""
-    allow, trusted = take_options(sys.argv)
-    checked = False
-    linked: dict[str, str] = {}
-    if not trusted:
-        try:
-            checked, linked = check_foreign(sys.argv)
-        except ValueError as error:
-            sys.exit(f"lowrank-pl train: {error}")
-    sys.argv[1:] = options_first(mirrored(sys.argv[1:], linked))
+    given = _given()
+    folders = [Path(folder) for folder in given.config_dir]
+    try:
+        linked = stored_links(folders, given.config_name)
+        words = mirrored(given.overrides, linked)
+        if not given.trust:
+            check_search_path(words)
+        with searching(folders, given.trust):
+            if folders and not given.trust:
+                check_foreign(given.config_name, words, given.allow)
+    except (ValueError, OSError, HydraException) as error:
+        sys.exit(f"lowrank-pl train: {error}")
+    sys.argv[1:] = [*_passed_on(given), f"--config-name={given.config_name}", *words]
 
     @hydra.main(config_path="pkg://lowrank_pl.conf", config_name="train", version_base="1.3")
     def train(config: DictConfig) -> None:
-        _run(config, allow if checked else None, linked)
+        _run(config, linked)
 
-    train()
+    with searching(folders, given.trust):
+        train()
 
 
-def _run(config: DictConfig, allow: list[str] | None, linked: dict[str, str]) -> None:
+def _given() -> argparse.Namespace:
+    # without abbreviations: what is checked and what is passed on are the same words
+    usage = "lowrank-pl train [GROUP=OPTION ...] [KEY=VALUE ...] [options]; --help says more"
+    parser = argparse.ArgumentParser(prog=sys.argv[0], usage=usage, add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    for names in _FLAGS:
+        parser.add_argument(*names, action="store_true")
+    for names in (*_VALUES, *_REFUSED):
+        parser.add_argument(*names)
+    parser.add_argument("--info", "-i", nargs="?", const="all")
+    parser.add_argument("--config-dir", "-cd", action="append", default=[])
+    parser.add_argument("--config-name", "-cn", default="train")
+    parser.add_argument("--allow", action="append", default=[])
+    parser.add_argument("--trust", action="store_true")
+    given = parser.parse_intermixed_args()
+    for name, *_ in _REFUSED:
+        if vars(given)[name[2:].replace("-", "_")] is not None:
+            parser.error(f"{name} is not supported: name a folder of configs by --config-dir, a run by `resume`")
+    return given
+
+
+def _passed_on(given: argparse.Namespace) -> list[str]:
+    chosen = vars(given)
+    flags = [name for name, *_ in _FLAGS if chosen[name[2:].replace("-", "_")]]
+    values = [f"{name}={chosen[name[2:]]}" for name in ("--cfg", "--package", "--info") if chosen[name[2:]] is not None]
+    return [*flags, *values]
+
+
+def _run(config: DictConfig, linked: dict[str, str]) -> None:
     job = HydraConfig.get()
     with session() as stop:
         with _in_a_line(*WHILE_BUILDING):
             complete = resolved(config)
-            if allow is not None:
-                check_targets(complete, allow)
             overrides, linked = list(job.overrides.task), {**linked, **links(config)}
             run = Run.start(job.runtime.output_dir, stored(complete), overrides, complete.seed, linked)
         with run.recorded():

@@ -32,7 +32,7 @@ from lowrank_pl.runs.resumable import Resumable, WholeFiles, newest_checkpoint
 from lowrank_pl.runs.stopping import Stop
 from lowrank_pl.storage import load_compressed, save_compressed
 from lowrank_pl.surgery import find_layers
-from lowrank_pl.terminal import terminal
+from lowrank_pl.terminal import say, terminal
 
 
 def execute(run: Run, recipe: Recipe, stop: Stop | None = None) -> None:
@@ -213,9 +213,8 @@ class _Execution:
             logger.log_metrics(figures, step=0)
             logger.finalize("success")
         draw_run(self.directory / "metrics.csv", self.directory / "figure.png")
-        console = terminal()
-        console.print(report.to_table(accuracy=pair))
-        console.print(f"Everything is in {self.directory}", highlight=False, soft_wrap=True)
+        terminal().print(report.to_table(accuracy=pair))
+        say(f"Everything is in {self.directory}")
 
 
 def _end(trainer: pl.Trainer) -> str:

@@ -6,7 +6,7 @@ import time
 
 import pytorch_lightning as pl
 
-from lowrank_pl.terminal import terminal
+from lowrank_pl.terminal import say
 
 
 class Progress:
@@ -17,7 +17,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         seconds = time.monotonic() - self._begin
-        terminal().print(f"{seconds:5.0f} s  {text}", highlight=False, markup=False, soft_wrap=True)
+        say(f"{seconds:5.0f} s  {text}")
 
 
 class EpochLines(pl.Callback):

@@ -40,8 +40,7 @@ def test_options_of_ones_own(tmp_path: Path) -> None:
             "--allow torch.nn.Fl",
         ),
         ("hydra/launcher/evil.yaml", "_target_: os.system\n", ["hydra/launcher=evil", "-m", "seed=1,2"], "--trust"),
-        ("runs/1/.hydra/config.yaml", "seed: 1\n", ["model=mine"], "keep your configs in a folder without runs"),
-        ("x.yaml", "hydra: {callbacks: {a: {_target_: os.system}}}\n", ["+x@_global_=x"], "--trust"),
+        ("x/x.yaml", "# @package _global_\nhydra: {callbacks: {a: {_target_: os.system}}}\n", ["+x=x"], "--trust"),
         ("top.yaml", "defaults: [train]\nhydra: {job: {name: x}}\n", ["--config-name", "top"], "--trust"),
     ],
 )

@@ -1,6 +1,7 @@
 """`lowrank-pl sweep`: a grid that is stopped, taken up, extended."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,12 +153,12 @@ def test_what_a_job_is_given_when_it_starts_and_when_it_resumes(
 ) -> None:
     given: list[tuple[str, ...]] = []
     monkeypatch.setattr("lowrank_pl.sweep.command", lambda *words: given.append(words) or [sys.executable, "-c", ""])
-    options = ["--config-dir", "conf", "--allow", "a.b", "--allow", "c", "--trust"]
+    options = ["--config-dir=conf", "--allow=a.b", "--allow=c", "--trust"]
     Sweep.open(tmp_path, [["seed=1"]]).run(1, options, lambda line: None)
     (tmp_path / "0" / "config.yaml").write_text("seed: 1")
     Sweep.open(tmp_path, [["seed=1"]]).run(1, options, lambda line: None)
-    assert given[0][:9] == ("train", *options, "seed=1")
-    assert given[1] == ("resume", str(tmp_path / "0"), "--allow", "a.b", "--allow", "c")
+    assert given[0][:6] == ("train", *options, "seed=1")
+    assert given[1] == ("resume", str(tmp_path / "0"), "--allow=a.b", "--allow=c")
 
 
 def test_a_job_that_is_stopped_before_it_is_a_run_was_interrupted(
@@ -194,9 +196,40 @@ def test_a_damaged_manifest_is_refused(text: str, tmp_path: Path) -> None:
     assert (tmp_path / "sweep.json").read_text() == text
 
 
+def extend(folder: Path, seed: int, barrier: Any) -> None:
+    barrier.wait(60)
+    Sweep.open(folder, [[f"seed={seed}"]], extend=True)
+
+
+def test_two_that_extend_a_sweep_at_once_lose_no_job(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for trial in range(20):
+        barrier = context.Barrier(2)
+        both = [context.Process(target=extend, args=(tmp_path / str(trial), seed, barrier)) for seed in (1, 2)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(60)
+            assert process.exitcode == 0
+        found = Sweep.open(tmp_path / str(trial), [], extend=True).jobs.values()
+        assert sorted(found) == [["seed=1"], ["seed=2"]]
+
+
+def test_jobs_that_only_the_manifest_has_are_checked_before_anything_is_written(tmp_path: Path) -> None:
+    def check(job: list[str]) -> None:
+        raise ValueError(f"not {job}")
+
+    Sweep.open(tmp_path, [["seed=1"]])
+    before = (tmp_path / "sweep.json").read_bytes()
+    assert Sweep.open(tmp_path, [["seed=1"]], check=check).jobs == {"0": ["seed=1"]}
+    with pytest.raises(ValueError, match=r"sweep\.json: not \['seed=1'\]"):
+        Sweep.open(tmp_path, [["seed=2"]], extend=True, check=check)
+    assert (tmp_path / "sweep.json").read_bytes() == before
+
+
 def test_quoting_is_hydras() -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    for text in ("a b", "a,b", "it's", "x=y", "{a}", "C:\\d\\"):
+    for text in ("a b", "a,b", "it's", "x=y", "{a}", "C:\\d\\", "/ü/日本", "[b]x[/b]"):
         (override,) = OverridesParser.create().parse_overrides([f"key={quoted(text)}"])
         assert override.value() == text
