@@ -12,7 +12,7 @@ from typing import Any
 from zlib import compress
 
 from lowrank_pl.overview.entry import Entry, front
-from lowrank_pl.overview.gather import DETAILED, RANK
+from lowrank_pl.overview.read import DETAILED, RANK
 from lowrank_pl.overview.tables import CAPTION, rows
 from lowrank_pl.reading import MEGABYTE
 from lowrank_pl.terminal import printable

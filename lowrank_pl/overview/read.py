@@ -104,7 +104,7 @@ def _read_report(entry: Entry, doubt: Callable[[str], None]) -> None:
     file = entry.directory / "report.json"
     if not os.path.lexists(file):
         return
-    values = _Values("", read_json(file, 4 * MEGABYTE), doubt)
+    values = _Values("", read_json(file, 2 * MEGABYTE), doubt)
     for network in ("dense", "compressed"):
         own = values.part(network)
         times = own.part("latency_ms")
