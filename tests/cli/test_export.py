@@ -1,6 +1,5 @@
 """`lowrank-pl export` and `evaluate` on a run."""
 
-import hashlib
 import json
 import os
 import pickle
@@ -11,6 +10,8 @@ from pathlib import Path
 import pytest
 from killing import attack, finish
 from safetensors.torch import load_file, save_file
+
+from lowrank_pl.storage import checksum
 
 TRAIN = [
     "train", "model=lenet300", "data.size=8", "targets=all", "decomposition=svd", "trainer.enable_progress_bar=false",
@@ -107,7 +108,7 @@ def test_nan_in_any_form_is_said(run: Path, tmp_path: Path) -> None:
     next(iter(tensors.values())).view(-1)[0] = float("nan")
     save_file(tensors, file)
     structure = json.loads((file.parent / "structure.json").read_text())
-    structure["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    structure["sha256"] = checksum(file.read_bytes(), structure)
     (file.parent / "structure.json").write_text(json.dumps(structure))
     done = attack("evaluate", "run", folder=tmp_path, seconds=120)
     assert done.is_clean
