@@ -71,18 +71,16 @@ def _find(folder: Path) -> Iterator[tuple[Path, str]]:
 def _read(path: Path, name: str, briefly: bool) -> Entry:
     entry = Entry(path, name)
     problems: list[str] = []
-    for read in (_read_facts, _read_config, _read_report, *([] if briefly else [_read_details])):
+    for read in (_read_facts, _read_config, _read_report, _read_details):
         try:
-            read(entry, problems.append)
+            read(entry, problems.append, briefly)
         except Exception as error:  # whatever it is: the other files and the other runs are still shown
             problems.append(_reason(error, path))
     entry.problem = shortened("; ".join(dict.fromkeys(problems)), 300)
-    if briefly:
-        entry.layers = []
     return entry
 
 
-def _read_facts(entry: Entry, doubt: Callable[[str], None]) -> None:
+def _read_facts(entry: Entry, doubt: Callable[[str], None], briefly: bool) -> None:
     facts = read_json(entry.directory / "run.json", MEGABYTE)
     if not isinstance(facts, dict) or not isinstance(facts.get("status"), str):
         raise ValueError("run.json: expected an object with a status")
@@ -93,14 +91,14 @@ def _read_facts(entry: Entry, doubt: Callable[[str], None]) -> None:
         doubt(shortened(f"{entry.status}: {' '.join(str(facts.get('error') or 'no reason given').split())}", 120))
 
 
-def _read_config(entry: Entry, doubt: Callable[[str], None]) -> None:
+def _read_config(entry: Entry, doubt: Callable[[str], None], briefly: bool) -> None:
     config = read_yaml(entry.directory / "config.yaml")
     if not isinstance(config, dict):
         raise ValueError(f"config.yaml: expected a mapping but got {_shown(config)}")
     entry.group, entry.method = group_of(config), method_of(config)
 
 
-def _read_report(entry: Entry, doubt: Callable[[str], None]) -> None:
+def _read_report(entry: Entry, doubt: Callable[[str], None], briefly: bool) -> None:
     file = entry.directory / "report.json"
     if not os.path.lexists(file):
         return
@@ -116,12 +114,16 @@ def _read_report(entry: Entry, doubt: Callable[[str], None]) -> None:
         }
         if entry.status != "diverged":  # of which numbers mean nothing
             entry.numbers[network] = {name: number for name, number in numbers.items() if number is not None}
-    entry.layers = [_layer(layer) for layer in values.parts("layers")]
-    structures = {layer["structure"] for layer in entry.layers}
+    layers = values.parts("layers")
+    structures = {layer.text("structure") for layer in layers}
     entry.is_all_dense = entry.method not in ("reference", "?") and structures == {"dense"}
+    if not briefly:
+        entry.layers = [_layer(layer) for layer in layers]
 
 
-def _read_details(entry: Entry, doubt: Callable[[str], None]) -> None:
+def _read_details(entry: Entry, doubt: Callable[[str], None], briefly: bool) -> None:
+    if briefly:
+        return
     entry.text = read_text(entry.directory / "config.yaml", MEGABYTE)[:20_000]
     entry.curves = read_curves(
         entry.directory / "metrics.csv", lambda name: name in CURVES or name.startswith(RANK), POINTS

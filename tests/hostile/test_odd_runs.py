@@ -252,5 +252,5 @@ def test_ten_thousand_runs(tmp_path: Path) -> None:
 
 def long_config(seed: int) -> str:
     """As many keys as a config of ours has."""
-    more = "".join(f"key{i}: {{value: {i}, name: some words, list: [1, 2.5, null]}}\n" for i in range(25))
+    more = "".join(f"key{i}:\n  _target_: some.name\n  words: some words\n  number: {i}.5\n" for i in range(16))
     return f"{CONFIG}seed: {seed}\n{more}"
