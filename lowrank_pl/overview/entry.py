@@ -46,7 +46,7 @@ def front(entries: Sequence[Entry], quantity: str = "macs") -> set[int]:
     points = [
         (entry.group, cost, error, position)
         for position, entry in enumerate(entries)
-        if (cost := entry.value("compressed", quantity)) is not None
+        if (cost := entry.value("compressed", quantity))  # what costs nothing has not been counted
         and (error := entry.value("compressed", "error")) is not None
     ]
     for group, _, error, position in sorted(points):

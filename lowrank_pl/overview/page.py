@@ -49,10 +49,14 @@ def _table(entries: Sequence[Entry]) -> str:
         if entry.group != group:
             group = entry.group
             lines.append(f'<tr class="group" data-group="{escape(group)}"><th colspan="10">{escape(group)}</th></tr>')
-        name, *cells = (escape(cell) for cell in row)
+        name, method, *cells = (escape(cell) for cell in row)
         marked = ' class="best"' if position in best else ""
-        link = f'<a href="#run{position}">{name}</a>'
-        inner = "".join(f"<td>{cell}</td>" for cell in (link, *cells))
+        inner = f'<td><a href="#run{position}">{name}</a></td>'
+        if not row[3]:  # no results, but a word on why
+            inner += f'<td>{method}</td><td class="problem" colspan="8">{cells[0]}</td>'
+        else:
+            problem = f'<div class="small">{escape(entry.problem)}</div>' if entry.problem else ""
+            inner += f"<td>{method}{problem}</td>" + "".join(f"<td>{cell}</td>" for cell in cells)
         lines.append(f'<tr{marked} data-run="{position}" data-group="{escape(group)}">{inner}</tr>')
     return "\n".join(lines)
 

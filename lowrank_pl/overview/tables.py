@@ -6,7 +6,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Group
@@ -56,9 +56,9 @@ def overview_tables(entries: Sequence[Entry]) -> Group:
     lines = rows(entries)
     shown = _shown(entries)
     parts: list[Table | Text] = []
-    for group in dict.fromkeys(entry.group for entry in entries):
-        own = [(entries[i], lines[i]) for i in shown if entries[i].group == group]
-        folder = os.path.commonpath([os.path.dirname(line[0]) for _, line in own]) if own else ""
+    for group, places in _by_group(entries, shown).items():
+        own = [(entries[i], lines[i]) for i in places]
+        folder = os.path.commonpath([os.path.dirname(line[0]) for _, line in own])
         title = Text(f"{group}, in {folder}" if folder else group, style="bold")
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
         for name, right in zip(_NARROW, (False, False, True, True, True, True, True, True), strict=True):
@@ -77,6 +77,13 @@ def overview_tables(entries: Sequence[Entry]) -> Group:
     return Group(*parts, Text(CAPTION))
 
 
+def _by_group(entries: Sequence[Entry], places: Iterable[int]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for i in places:
+        groups.setdefault(entries[i].group, []).append(i)
+    return groups
+
+
 def _shown(entries: Sequence[Entry], most: int = 400) -> list[int]:
     best = front(entries)
     first = sorted(range(len(entries)), key=lambda i: (i not in best, not entries[i].problem, i))
@@ -88,13 +95,13 @@ _NARROW = ("run", "method", "error %", "change", "MACs", "MACs", "params", "ms")
 
 def to_markdown(entries: Sequence[Entry]) -> str:
     """The same table for a page or a pull request."""
-    lines = []
-    for group in dict.fromkeys(entry.group for entry in entries):
+    lines, cells = [], rows(entries)
+    for group, places in _by_group(entries, range(len(entries))).items():
         lines += [f"### {_plain(group)}", "", f"| {' | '.join(_COLUMNS)} |", "|---|---|" + "---:|" * 8]
-        for entry, row in zip(entries, rows(entries), strict=True):
-            if entry.group == group:
-                lines.append(f"| {' | '.join(map(_plain, row))} |")
-        lines.append("")
+        lines += [f"| {' | '.join(map(_plain, cells[i]))} |" for i in places]
+        odd = [i for i in places if entries[i].problem and cells[i][3]]  # else it is in the row
+        lines += ["", *(f"- {_plain(cells[i][0])}: {_plain(entries[i].problem)}" for i in odd)]
+        lines += [""] if odd else []
     return "\n".join([*lines, f"{CAPTION}", ""])
 
 
