@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -14,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.files import write_files
+from lowrank_pl.reading import read_bytes
 
 Runner = Callable[[Tensor], Tensor]
 SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx"}
+TOLERANCE = 1e-3  # of the largest output's size, by which an exported network may differ
 
 
 def export(net: nn.Module, images: Tensor, path: str | Path) -> float:
@@ -24,7 +28,8 @@ def export(net: nn.Module, images: Tensor, path: str | Path) -> float:
 
     Before the file is put in its place it is run on `images` [N, C, H, W], N at least 2, and on the first of them
     alone, and compared with the network. Returns the largest difference, of the largest output's size; raises
-    `ValueError` if it is above 1e-3, or for another suffix, `ImportError` without the packages for ONNX.
+    `ValueError` if it is above 1e-3, for a network that gives NaN or infinity, or for another suffix, `ImportError`
+    without the packages for ONNX.
     """
     path, net = Path(path), net.cpu().eval()
     images = images.contiguous()
@@ -32,36 +37,67 @@ def export(net: nn.Module, images: Tensor, path: str | Path) -> float:
         raise ValueError(f"Expected argument `images` to be at least 2 images but got {len(images)}")
     if path.suffix not in SUFFIXES.values():
         raise ValueError(f"Expected a file name ending in {' or '.join(SUFFIXES.values())} but got {path.name!r}")
+    check_finite(net, images)
     with _quiet(), torch.no_grad():
         data = (_to_pt2 if path.suffix == ".pt2" else _to_onnx)(net, images)
         run = _pt2_runner(io.BytesIO(data)) if path.suffix == ".pt2" else _onnx_runner(data)
         difference = max(disagreement(run(batch), net(batch)) for batch in (images, images[:1]))
-    if not difference <= 1e-3:
+    if not difference <= TOLERANCE:
         raise ValueError(f"{path.name}: the exported network differs by {difference:.2g} on the same images")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_files({path: data})
     return difference
 
 
-def load_exported(path: str | Path) -> Runner:
-    """What runs an exported file on the CPU. A `.pt2` file can hold pickles: open only those that you made.
+def load_exported(path: str | Path, most: int = 2**31, example: Tensor | None = None) -> Runner:
+    """What runs an exported file of at most so many bytes on the CPU. A `.pt2` file can hold pickles: open only those
+    that you made.
 
-    Raises `ValueError` for a damaged file.
+    With `example`, an image [1, C, H, W], an ONNX file is not trusted either: it may have neither loops nor data
+    outside itself, and is first tried on that image in a process of its own, for 5 s and with 1 GiB.
+
+    Raises `ValueError` for a file that is larger, damaged or of another kind; so does what is returned, for images that
+    the network does not take, and outputs that are not one tensor.
     """
     path = Path(path)
+    data = read_bytes(path, most)
     try:
-        return _pt2_runner(path) if path.suffix == ".pt2" else _onnx_runner(path.read_bytes())
-    except (ImportError, OSError):
+        if path.suffix == ".pt2":
+            run = _pt2_runner(io.BytesIO(data))
+        else:
+            if example is not None:
+                _check_foreign(data, example)
+            run = _onnx_runner(data)
+    except ImportError:
         raise
     except Exception as error:  # each reader has its own
-        raise ValueError(f"{path} cannot be read ({str(error)[:200]}): export it again") from error
+        raise ValueError(f"{path} cannot be read ({_in_short(error)}): export it again") from error
+
+    def checked(images: Tensor) -> Tensor:
+        try:
+            outputs: Any = run(images)
+        except Exception as error:
+            raise ValueError(f"{path} does not run on {list(images.shape)} images ({_in_short(error)})") from error
+        if not isinstance(outputs, Tensor):
+            raise ValueError(f"{path}: expected one tensor of outputs but got {type(outputs).__name__}")
+        return outputs
+
+    return checked
 
 
 def disagreement(outputs: Tensor, expected: Tensor) -> float:
-    """The largest difference, of the largest expected value's size; infinite for other shapes."""
-    if outputs.shape != expected.shape:
+    """The largest difference, of the largest expected value's size; infinite for other shapes, and where either has NaN
+    or infinity."""
+    if outputs.shape != expected.shape or not (outputs.isfinite().all() and expected.isfinite().all()):
         return float("inf")
     return float((outputs.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30))
+
+
+@torch.no_grad()
+def check_finite(net: nn.Module, images: Tensor) -> None:
+    """Raise `ValueError` for a network that gives NaN or infinity."""
+    if not net(images).isfinite().all():
+        raise ValueError("the network gives NaN or infinity on these images: nothing is written. Train it again")
 
 
 def _to_pt2(net: nn.Module, images: Tensor) -> bytes:
@@ -93,8 +129,55 @@ def _onnx_runner(data: bytes) -> Runner:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise ValueError(f"expected one input and one output but got {len(inputs)} and {len(outputs)}")
+    return lambda images: torch.from_numpy(session.run(None, {inputs[0].name: images.numpy()})[0])
+
+
+def _check_foreign(data: bytes, example: Tensor) -> None:
+    """Raise `ValueError` for an ONNX file that should not be loaded into this process."""
+    _needs("onnx", "onnxruntime")
+    import onnx
+
+    model = onnx.load_model_from_string(data)
+    nodes = [node for holder in (model.graph, *model.functions) for node in holder.node]
+    loops = sorted({node.op_type for node in nodes} & {"Loop", "Scan", "If", "SequenceMap"})
+    if loops:  # how long those take depends on the image
+        raise ValueError(f"expected a network without loops and branches but got {loops[0]}")
+    attributes = [attribute for node in nodes for attribute in node.attribute]
+    sparse = [*model.graph.sparse_initializer, *(attribute.sparse_tensor for attribute in attributes)]
+    tensors = [*model.graph.initializer, *(part for tensor in sparse for part in (tensor.values, tensor.indices))]
+    tensors += [tensor for attribute in attributes for tensor in (attribute.t, *attribute.tensors)]
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors):
+        raise ValueError("expected all weights in the file itself but got some that are elsewhere")
+    code = _TRIAL.format(path=sys.path, shape=tuple(example.shape))
+    try:
+        done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, timeout=5, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError("one image takes more than 5 s") from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["it ends its process"]
+        raise ValueError(f"it does not run on one image in 1 GiB: {said[-1]}")
+
+
+# with the modules that this process imports, and nothing of the folder that it is started in
+_TRIAL = """\
+import sys
+sys.path[:] = {path!r}
+import numpy, onnxruntime
+try:
+    import resource
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limit = 2**30 if hard == resource.RLIM_INFINITY else min(2**30, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+except ImportError:
+    pass  # Windows
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads, options.log_severity_level = 1, 4
+session = onnxruntime.InferenceSession(sys.stdin.buffer.read(), options, providers=["CPUExecutionProvider"])
+session.run(None, {{session.get_inputs()[0].name: numpy.zeros({shape}, numpy.float32)}})
+"""
 
 
 def _needs(*names: str) -> None:
@@ -103,6 +186,10 @@ def _needs(*names: str) -> None:
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise ImportError(f'ONNX needs {", ".join(missing)}: pip install "lowrank_pl[onnx]"')
+
+
+def _in_short(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextmanager

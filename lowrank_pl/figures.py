@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from lowrank_pl.curves import read_curves
 
 
 def draw_run(metrics: Path, figure: Path) -> None:
     """Ranks and gap at each C step, or loss before and after each distortion and delta w; validation accuracy.
 
     From a `metrics.csv`. Losses and delta w are Figures 3 and 4 of Lee et al. (2019). A panel without data is left
-    out, and so is a figure
-    without panels.
+    out, and so is a figure without panels. Raises `ValueError` or `OSError` for a file that cannot be read.
     """
-    if not metrics.is_file():
-        return
-    with open(metrics, newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = rows[0] if rows else {}
-    ranks = {name.removeprefix(_RANK): name for name in columns if name.startswith(_RANK)}
+    curves = read_curves(metrics, lambda name: name == "val/accuracy" or name.startswith("lowrank/"), most=10_000)
+    ranks = {name.removeprefix(_RANK): name for name in curves if name.startswith(_RANK)}
     gap, losses = {"": "lowrank/gap"}, {"before": "lowrank/loss_before", "after": "lowrank/loss_after"}
-    delta_w = {} if "lowrank/gap" in columns else {"": "lowrank/delta_w"}
+    delta_w = {} if "lowrank/gap" in curves else {"": "lowrank/delta_w"}
     panels = [
         ("Rank of each layer", ranks, "linear"),
         (r"Gap $||W - \Theta|| / ||W||$", gap, "log"),
@@ -31,7 +27,11 @@ def draw_run(metrics: Path, figure: Path) -> None:
         ("Validation accuracy", {"": "val/accuracy"}, "linear"),
     ]
     drawn = [
-        (title, {label: points for label, name in lines.items() if (points := _points(rows, name, scale))}, scale)
+        (
+            title,
+            {label: points for label, name in lines.items() if (points := _shown(curves.get(name, []), scale))},
+            scale,
+        )
         for title, lines, scale in panels
     ]
     drawn = [panel for panel in drawn if panel[1]]
@@ -51,6 +51,5 @@ def draw_run(metrics: Path, figure: Path) -> None:
 _RANK = "lowrank/rank/"
 
 
-def _points(rows: list[dict[str, str]], name: str, scale: str) -> list[tuple[int, float]]:
-    points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+def _shown(points: list[list[float]], scale: str) -> list[list[float]]:
     return [point for point in points if scale == "linear" or point[1] > 0]

@@ -277,4 +277,4 @@ def _count(number: int | None) -> str:
 
 
 def _pair(a: int, b: int) -> list[str]:
-    return [f"{a:,}", f"{b:,}", f"{a / b:.2f}x"]
+    return [f"{a:,}", f"{b:,}", f"{a / b:.2f}x" if b else ""]  # constant layers alone have none

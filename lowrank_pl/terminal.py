@@ -11,8 +11,8 @@ def terminal() -> Console:
 
 
 def printable(text: str) -> str:
-    """A line of text from elsewhere, such as a path: what would move a terminal's cursor is spelt out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    """Text from elsewhere in one line: control characters, escapes of terminals and halves of characters are spelt out."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def say(line: str) -> None:

@@ -111,3 +111,48 @@ def test_a_damaged_file_is_named(suffix: str, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(ValueError, match=f"model{suffix} cannot be read"):
         load_exported(file)
+
+
+def test_differences_with_nan_are_none() -> None:
+    good, bad = torch.ones(2, 3), torch.ones(2, 3)
+    for value in (float("nan"), float("inf")):
+        bad[1, 2] = value
+        assert disagreement(bad, good) == disagreement(good, bad) == disagreement(bad, bad) == float("inf")
+
+
+class Deceptive(nn.Module):
+    """Gives NaN for a single image, once it is exported."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rest = torch.clamp(torch.ones_like(x).flatten(1).cumsum(0)[-1:] - 1, max=1)
+        return x.flatten(1) * (rest / rest if torch.compiler.is_compiling() else 1)
+
+
+def test_an_export_that_gives_nan_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="differs by inf"):
+        export(Deceptive(), IMAGES, tmp_path / "model.pt2")
+    net = LeNet5(input_shape=(3, 16, 16)).eval()
+    with torch.no_grad():
+        next(net.parameters()).fill_(float("nan"))
+    for suffix in (".pt2", ".onnx"):
+        with pytest.raises(ValueError, match="gives NaN or infinity on these images"):
+            export(net, IMAGES, tmp_path / f"model{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_export_is_named(tmp_path: Path) -> None:
+    torch.export.save(torch.export.export(Two(), (IMAGES,)), tmp_path / "two.pt2")
+    with pytest.raises(ValueError, match=r"two.pt2: expected one tensor of outputs but got"):
+        load_exported(tmp_path / "two.pt2")(IMAGES)
+    with pytest.raises(ValueError, match=r"two.pt2 does not run on \[5, 3, 16\] images"):
+        load_exported(tmp_path / "two.pt2")(IMAGES[..., 0])
+    with pytest.raises(ValueError, match=r"two.pt2: expected at most"):
+        load_exported(tmp_path / "two.pt2", most=100)
+    (tmp_path / "link.pt2").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="expected a regular file"):
+        load_exported(tmp_path / "link.pt2")
+
+
+class Two(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, x + 1

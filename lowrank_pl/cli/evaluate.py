@@ -8,17 +8,18 @@ import warnings
 from pathlib import Path
 
 from lowrank_pl.cli.finished import Finished, is_sealed
-from lowrank_pl.evaluation import evaluate, evaluation_table
+from lowrank_pl.evaluation import evaluate, evaluation_table, problems_of
 from lowrank_pl.exporting import SUFFIXES, Runner, load_exported
 from lowrank_pl.files import write_files
+from lowrank_pl.reading import MEGABYTE
 from lowrank_pl.run_files import as_json
 from lowrank_pl.storage import load_compressed
-from lowrank_pl.terminal import terminal
+from lowrank_pl.terminal import printable, terminal
 
 _DESCRIPTION = """\
 Test the dense network of a finished run, the compressed one, and what `lowrank-pl export` has written into
 RUN/exported/, on all test images, and measure them side by side on this CPU. Exits with 1 if an exported network does
-not agree with the compressed one. The numbers are also in RUN/evaluation.json.
+not agree with the compressed one, or any gives NaN. The numbers are also in RUN/evaluation.json.
 """
 
 
@@ -43,24 +44,29 @@ def main() -> None:
         terminal().print(evaluation_table(results))
         write_files({run.directory / "evaluation.json": as_json(results)})
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"lowrank-pl evaluate: {error}")
-    wrong = [name for name, values in results.items() if values.get("difference", 0) > 1e-3]
-    if wrong:
-        sys.exit(f"lowrank-pl evaluate: {', '.join(wrong)} does not agree with the compressed network: export it again")
+        sys.exit(printable(f"lowrank-pl evaluate: {error}"))
+    problems = problems_of(results)
+    if problems:
+        sys.exit(f"lowrank-pl evaluate: {'; '.join(problems)}")
 
 
 def _exported(run: Finished, trusted: bool) -> dict[str, Runner]:
     found: dict[str, Runner] = {}
+    weights = sum(tensor.nbytes for tensor in run.dense.state_dict().values())
+    most = 8 * weights + 64 * MEGABYTE  # a file larger than that is another network's
     for kind, suffix in SUFFIXES.items():
         file = run.directory / "exported" / f"model{suffix}"
         if not file.is_file():
             continue
-        if kind == "pt2" and not trusted and not is_sealed(file):
+        if file.stat().st_size > most:
+            raise ValueError(f"{file}: expected at most {most / MEGABYTE:.0f} MiB: export it again")
+        known = is_sealed(file)
+        if kind == "pt2" and not (trusted or known):
             raise ValueError(
                 f"{file} was not made by you here, or has changed, and a .pt2 file can run code: export it again, or "
                 "add --trust"
             )
-        found[kind] = load_exported(file)
+        found[kind] = load_exported(file, most, None if known else run.images(1))
     folder = run.directory / "exported" / "model"
     if folder.is_dir():
         found["safetensors"] = load_compressed(run.dense, folder).to(memory_format=run.memory_format).eval()

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from lowrank_pl.cli.finished import Finished, seal
-from lowrank_pl.exporting import SUFFIXES, export
+from lowrank_pl.exporting import SUFFIXES, check_finite, export
 from lowrank_pl.storage import save_compressed
-from lowrank_pl.terminal import say
+from lowrank_pl.terminal import printable, say
 
 _DESCRIPTION = """\
 Write the compressed network of a finished run for deployment: pt2 (torch.export) and onnx files run without
@@ -34,8 +34,11 @@ def main() -> None:
         place = place / f"model{suffix}"
     said = ""
     try:
+        if arguments.output is None:
+            _check_inside(arguments.run)
         run = Finished.open(arguments.run, arguments.allow)
         if arguments.to == "safetensors":
+            check_finite(run.compressed, run.images(32))
             save_compressed(run.compressed, place)
         else:
             place = place.with_suffix(suffix)
@@ -43,6 +46,13 @@ def main() -> None:
             seal(place)
             said = f", within {difference:.1g} of the network on 32 test images"
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"lowrank-pl export: {error}")
+        sys.exit(printable(f"lowrank-pl export: {error}"))
     size = sum(file.stat().st_size for file in (place.iterdir() if place.is_dir() else [place]))
     say(f"{place}: {size / 1e6:.2f} MB{said}")
+
+
+def _check_inside(run: Path) -> None:
+    """A run's files are written into it, not where links of whoever made it lead."""
+    for folder in (run / "exported", run / "exported" / "model"):
+        if folder.is_symlink():
+            raise ValueError(f"{folder} is a link: expected a folder of the run. Remove it, or say where by --output")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lowrank_pl.files import write_files
 from lowrank_pl.overview import gather, overview_tables, page, to_csv, to_markdown
-from lowrank_pl.terminal import say, terminal
+from lowrank_pl.terminal import printable, say, terminal
 
 _DESCRIPTION = """\
 Gather all runs in these folders (sweeps, runs/, single runs) into a table here, and into runs.csv, runs.md and
@@ -27,9 +27,10 @@ def main() -> None:
     try:
         entries = gather(arguments.folders)
     except FileNotFoundError as error:
-        sys.exit(f"lowrank-pl report: {error}")
+        sys.exit(printable(f"lowrank-pl report: {error}"))
     if not entries:
-        sys.exit(f"lowrank-pl report: no run (a folder with run.json) in {', '.join(map(str, arguments.folders))}")
+        folders = ", ".join(map(str, arguments.folders))
+        sys.exit(printable(f"lowrank-pl report: no run (a folder with run.json) in {folders}"))
     output = (arguments.output or arguments.folders[0]).absolute()
     terminal().print(overview_tables(entries))
     texts = {"runs.csv": to_csv(entries), "runs.md": to_markdown(entries), "runs.html": page(entries)}
@@ -37,5 +38,5 @@ def main() -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_files({output / name: text.encode() for name, text in texts.items()})
     except OSError as error:
-        sys.exit(f"lowrank-pl report: {error}; --output DIR writes elsewhere")
+        sys.exit(printable(f"lowrank-pl report: {error}; --output DIR writes elsewhere"))
     say(f"The page: {output / 'runs.html'}")

@@ -42,8 +42,16 @@ function ticks(low, high, log, most) {
   }
   const raw = (high - low) / most, base = 10 ** Math.floor(Math.log10(raw));
   const step = base * [1, 2, 5, 10].find((m) => m * base >= raw);
-  for (let x = Math.ceil(low / step) * step; x <= high + step / 1e6; x += step) found.push(+x.toPrecision(10));
+  const first = Math.ceil(low / step);  // counted: a sum of steps need not grow
+  for (let i = 0; i <= most + 1 && (first + i) * step <= high + step / 1e6; i++) found.push(+((first + i) * step).toPrecision(10));
   return found;
+}
+
+// Not Math.min(...values): a browser takes no hundred thousand arguments.
+function extent(values) {
+  let low = Infinity, high = -Infinity;
+  for (const x of values) { if (x < low) low = x; if (x > high) high = x; }
+  return [low, high];
 }
 
 // Axes with labels; returns functions from values to places.
@@ -52,7 +60,7 @@ function axes(holder, points, options) {
   const width = Math.max(holder.clientWidth || 600, 260), height = options.height;
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": options.label || "" }, holder);
   const range = (values, log, pad) => {
-    let low = Math.min(...values), high = Math.max(...values);
+    let [low, high] = extent(values);
     if (low === high) { low -= log ? low / 2 : 0.5; high += log ? high : 0.5; }
     return log ? [low / (high / low) ** pad, high * (high / low) ** pad] : [low - pad * (high - low), high + pad * (high - low)];
   };
@@ -99,7 +107,7 @@ function scatter() {
   const height = Math.min(440, Math.max(280, $("scatter").clientWidth * 0.55));
   const plot = axes($("scatter"), points, { height, logX: true, x: NAMES[cost], y: "test error, %", label: "Error against cost" });
   const kinds = [...new Set(runs.map(({ run }) => kind(run)))], color = (run) => COLORS[kinds.indexOf(kind(run)) % COLORS.length];
-  const most = Math.max(...runs.map(({ run }) => run.compressed.params || 1), 1);
+  const most = extent(runs.map(({ run }) => run.compressed.params || 1))[1];
   const front = [];
   for (const { run } of [...runs].sort((a, b) => a.run.compressed[cost] - b.run.compressed[cost] || a.run.compressed.error - b.run.compressed.error))
     if (!front.length || run.compressed.error < front[front.length - 1].compressed.error) front.push(run);
@@ -200,8 +208,8 @@ function detail() {
   if (!c.gap) lines(grid, "Δw = ‖w − w̃‖² / N(w)", [["", c.delta_w || [], COLORS[2]]], { ...step, y: "Δw", logY: true });
   lines(grid, "Validation accuracy", [["", c.val || [], COLORS[2]]], { ...step, y: "accuracy" });
   lines(grid, "Training loss", [["", c.loss || [], COLORS[3]]], { ...step, y: "loss", logY: true });
-  const spectra = run.layers.filter((layer) => layer.spectrum && Array.isArray(layer.spectrum.index));
-  lines(grid, "Singular values of the dense layers", spectra.map((layer, i) => [layer.name, layer.spectrum.index.map((k, j) => [k, layer.spectrum.value[j]]), hue(i, spectra.length)]), { x: "index", y: "σ / σ₁", logX: true, logY: true });
+  const spectra = run.layers.filter((layer) => layer.spectrum.length);
+  lines(grid, "Singular values of the dense layers", spectra.map((layer, i) => [layer.name, layer.spectrum, hue(i, spectra.length)]), { x: "index", y: "σ / σ₁", logX: true, logY: true });
   bars(grid, "MACs of every layer, dense and compressed", run.layers, "macs");
   bars(grid, "Parameters of every layer, dense and compressed", run.layers, "params");
   for (const draw of drawings.splice(0)) draw();

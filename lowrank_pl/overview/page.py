@@ -12,28 +12,31 @@ from typing import Any
 from zlib import compress
 
 from lowrank_pl.overview.entry import Entry, front
+from lowrank_pl.overview.read import DETAILED, RANK
 from lowrank_pl.overview.tables import CAPTION, rows
+from lowrank_pl.reading import MEGABYTE
+from lowrank_pl.terminal import printable
 
 _QUANTITIES = ("error", "macs", "params", "latency_1", "latency_32")
 _CURVES = {
     "lowrank/loss_before": "before", "lowrank/loss_after": "after", "lowrank/delta_w": "delta_w", "lowrank/gap": "gap",
     "lowrank/mu": "mu", "val/accuracy": "val", "train/loss": "loss",
 }  # fmt: skip
-_RANK = "lowrank/rank/"
+_BRIEF = f" Of more than {DETAILED} runs, curves, layers and configs are left out: report on fewer to see them."
 
 
 def page(entries: Sequence[Entry]) -> str:
     """Self-contained: data, style and script are in it. Whatever the runs say is shown as text, never as markup."""
     data = {"runs": [_run(entry) for entry in entries], "published": _published({entry.group for entry in entries})}
     # deflated, so that hundreds of runs stay a small page; no letter of it can end the script element
-    packed = b64encode(compress(json.dumps(data, separators=(",", ":")).encode(), 9)).decode()
+    packed = b64encode(compress(_json(data).encode(), 6)).decode()
     parts = files("lowrank_pl.overview")
     html = parts.joinpath("page.html").read_text("utf-8")
     for place, text in (
         ("STYLE", parts.joinpath("page.css").read_text("utf-8")),
         ("SCRIPT", parts.joinpath("page.js").read_text("utf-8")),
         ("TABLE", _table(entries)),
-        ("CAPTION", escape(CAPTION)),
+        ("CAPTION", escape(CAPTION + (_BRIEF if len(entries) > DETAILED else ""))),
         ("DATA", packed),
     ):
         html = html.replace(f"<!-- {place} -->", text)
@@ -46,10 +49,14 @@ def _table(entries: Sequence[Entry]) -> str:
         if entry.group != group:
             group = entry.group
             lines.append(f'<tr class="group" data-group="{escape(group)}"><th colspan="10">{escape(group)}</th></tr>')
-        name, *cells = (escape(cell) for cell in row)
+        name, method, *cells = (escape(cell) for cell in row)
         marked = ' class="best"' if position in best else ""
-        link = f'<a href="#run{position}">{name}</a>'
-        inner = "".join(f"<td>{cell}</td>" for cell in (link, *cells))
+        inner = f'<td><a href="#run{position}">{name}</a></td>'
+        if not row[3]:  # no results, but a word on why
+            inner += f'<td>{method}</td><td class="problem" colspan="8">{cells[0]}</td>'
+        else:
+            problem = f'<div class="small">{escape(entry.problem)}</div>' if entry.problem else ""
+            inner += f"<td>{method}{problem}</td>" + "".join(f"<td>{cell}</td>" for cell in cells)
         lines.append(f'<tr{marked} data-run="{position}" data-group="{escape(group)}">{inner}</tr>')
     return "\n".join(lines)
 
@@ -58,40 +65,24 @@ def _run(entry: Entry) -> dict[str, Any]:
     """What the page shows of a run, in plain values."""
     values = {network: {q: _round(entry.value(network, q)) for q in _QUANTITIES} for network in ("dense", "compressed")}
     curves = {short: _points(entry.curves[name]) for name, short in _CURVES.items() if name in entry.curves}
-    ranks = {
-        name.removeprefix(_RANK): _points(points) for name, points in entry.curves.items() if name.startswith(_RANK)
-    }
-    layers = entry.report.get("layers")
+    ranks = {name.removeprefix(RANK): _points(points) for name, points in entry.curves.items() if name.startswith(RANK)}
+    details = {"config": entry.text, "curves": curves, "ranks": ranks, "layers": entry.layers}
+    if len(_json(details)) > MEGABYTE:
+        details = {"config": "too long for this page", "curves": {}, "ranks": {}, "layers": []}
     return {
-        "name": entry.name,
+        "name": printable(entry.name),
         "group": entry.group,
         "method": entry.method,
         "status": entry.problem or entry.status + (", every layer stayed dense" if entry.is_all_dense else ""),
         "command": entry.command,
-        "directory": str(entry.directory),
-        "config": entry.text[:20_000],
+        "directory": printable(str(entry.directory)),
         **values,
-        "curves": curves,
-        "ranks": ranks,
-        "layers": [_layer(layer) for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else [],
+        **details,
     }
 
 
-def _layer(layer: dict[str, Any]) -> dict[str, Any]:
-    def number(network: str, quantity: str) -> float | None:
-        part = layer.get(network)
-        value = part.get(quantity) if isinstance(part, dict) else None
-        return value if isinstance(value, (int, float)) else None
-
-    spectrum = layer.get("spectrum")
-    return {
-        "name": str(layer.get("name")),
-        "structure": str(layer.get("structure")),
-        "note": str(layer.get("note") or ""),
-        "macs": [number("dense", "macs"), number("compressed", "macs")],
-        "params": [number("dense", "params"), number("compressed", "params")],
-        "spectrum": spectrum if isinstance(spectrum, dict) else None,
-    }
+def _json(values: Any) -> str:
+    return json.dumps(values, separators=(",", ":"), allow_nan=False)  # of NaN a browser makes nothing
 
 
 def _published(groups: set[str]) -> list[dict[str, Any]]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from lowrank_pl.overview.entry import Entry, front
+from lowrank_pl.terminal import printable
 
 _COLUMNS = ("run", "method", "error %", "change", "MACs", "less", "params", "less", "ms", "less")
 _CSV = (
@@ -34,7 +35,7 @@ def rows(entries: Sequence[Entry]) -> list[list[str]]:
     lines = []
     for position, entry in enumerate(entries):
         error, dense = entry.value("compressed", "error"), entry.value("dense", "error")
-        line = [entry.name, f"{entry.method}, all dense" if entry.is_all_dense else entry.method]
+        line = [printable(entry.name), f"{entry.method}, all dense" if entry.is_all_dense else entry.method]
         if error is None or dense is None:
             lines.append([*line, entry.problem or entry.status, *[""] * 7])
             continue
@@ -48,27 +49,45 @@ def rows(entries: Sequence[Entry]) -> list[list[str]]:
 
 
 def overview_tables(entries: Sequence[Entry]) -> Group:
-    """For a terminal, a table for each network and data set, with what went wrong beneath it."""
+    """For a terminal, a table for each network and data set, with what went wrong beneath it.
+
+    Of many runs those of the front and those that went wrong are shown, and the first ones.
+    """
     lines = rows(entries)
-    parts: list[Table | Text | str] = []
-    for group in dict.fromkeys(entry.group for entry in entries):
-        own = [(entry, line) for entry, line in zip(entries, lines, strict=True) if entry.group == group]
-        folder = os.path.commonpath([os.path.dirname(entry.name) for entry, _ in own])
-        title = f"{group}, in {folder}" if folder else group
-        table = Table(
-            box=box.SIMPLE_HEAD, pad_edge=False, title=escape(title), title_style="bold", title_justify="left"
-        )
+    shown = _shown(entries)
+    parts: list[Table | Text] = []
+    for group, places in _by_group(entries, shown).items():
+        own = [(entries[i], lines[i]) for i in places]
+        folder = os.path.commonpath([os.path.dirname(line[0]) for _, line in own])
+        title = Text(f"{group}, in {folder}" if folder else group, style="bold")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
         for name, right in zip(_NARROW, (False, False, True, True, True, True, True, True), strict=True):
             table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
         problems = []
         for entry, line in own:
-            name, result = entry.name[len(folder) :].lstrip("/"), line[2]
+            name, result = line[0][len(folder) :].lstrip("/"), line[2]
             if entry.problem:
                 problems.append(Text(f"{name}: {entry.problem}"))
-                result = result if line[3] else "failed" if entry.status == "failed" else "see below"
-            table.add_row(*map(escape, (name, line[1], result, *(line[i] for i in (3, 4, 5, 7, 9)))))
+                result = result if line[3] else entry.status if entry.has_failed else "see below"
+            # as texts: what runs say is no markup
+            table.add_row(*map(Text, (name, line[1], result, *(line[i] for i in (3, 4, 5, 7, 9)))))
         parts += [table, *problems]
-    return Group(*parts, CAPTION)
+    if len(shown) < len(entries):
+        parts.append(Text(f"{len(shown)} of {len(entries)} runs are shown here; runs.csv and runs.html have all."))
+    return Group(*parts, Text(CAPTION))
+
+
+def _by_group(entries: Sequence[Entry], places: Iterable[int]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for i in places:
+        groups.setdefault(entries[i].group, []).append(i)
+    return groups
+
+
+def _shown(entries: Sequence[Entry], most: int = 400) -> list[int]:
+    best = front(entries)
+    first = sorted(range(len(entries)), key=lambda i: (i not in best, not entries[i].problem, i))
+    return sorted(first[:most])
 
 
 _NARROW = ("run", "method", "error %", "change", "MACs", "MACs", "params", "ms")  # the last three: times less
@@ -76,13 +95,13 @@ _NARROW = ("run", "method", "error %", "change", "MACs", "MACs", "params", "ms")
 
 def to_markdown(entries: Sequence[Entry]) -> str:
     """The same table for a page or a pull request."""
-    lines = []
-    for group in dict.fromkeys(entry.group for entry in entries):
+    lines, cells = [], rows(entries)
+    for group, places in _by_group(entries, range(len(entries))).items():
         lines += [f"### {_plain(group)}", "", f"| {' | '.join(_COLUMNS)} |", "|---|---|" + "---:|" * 8]
-        for entry, row in zip(entries, rows(entries), strict=True):
-            if entry.group == group:
-                lines.append(f"| {' | '.join(map(_plain, row))} |")
-        lines.append("")
+        lines += [f"| {' | '.join(map(_plain, cells[i]))} |" for i in places]
+        odd = [i for i in places if entries[i].problem and cells[i][3]]  # else it is in the row
+        lines += ["", *(f"- {_plain(cells[i][0])}: {_plain(entries[i].problem)}" for i in odd)]
+        lines += [""] if odd else []
     return "\n".join([*lines, f"{CAPTION}", ""])
 
 
@@ -98,7 +117,8 @@ def to_csv(entries: Sequence[Entry]) -> str:
             for network in ("compressed", "dense")
         ]
         words = [entry.name, entry.group, entry.method, entry.problem or entry.status, int(position in best)]
-        writer.writerow([*words, *("" if v is None else v for v in pairs), entry.command, entry.directory])
+        line = [*words, *("" if v is None else v for v in pairs), entry.command, str(entry.directory)]
+        writer.writerow([_cell(value) if isinstance(value, str) else value for value in line])
     return text.getvalue()
 
 
@@ -111,4 +131,11 @@ def count(number: float) -> str:
 
 
 def _plain(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    """For a cell of markdown."""
+    return re.sub(r"([\\`|\[\]])", r"\\\1", text).replace("<", "&lt;")
+
+
+def _cell(text: str) -> str:
+    """For a cell of CSV: a spreadsheet takes what begins like this for a formula, and would compute it."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

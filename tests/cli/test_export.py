@@ -8,7 +8,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from killing import finish
+from killing import attack, finish
+from safetensors.torch import load_file, save_file
+
+from lowrank_pl.storage import checksum
 
 TRAIN = [
     "train", "model=lenet300", "data.size=8", "targets=all", "decomposition=svd", "trainer.enable_progress_bar=false",
@@ -96,3 +99,63 @@ def test_what_is_no_finished_run_is_refused(damage, message: str, run: Path, tmp
         assert finish(*command, folder=tmp_path) != 0
         assert message in output(tmp_path)
     assert not (run / "exported").exists()
+
+
+def test_nan_in_any_form_is_said(run: Path, tmp_path: Path) -> None:
+    assert finish("export", "run", "--to", "safetensors", folder=tmp_path) == 0, output(tmp_path)
+    file = run / "exported" / "model" / "model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, file)
+    structure = json.loads((file.parent / "structure.json").read_text())
+    structure["sha256"] = checksum(file.read_bytes(), structure)
+    (file.parent / "structure.json").write_text(json.dumps(structure))
+    done = attack("evaluate", "run", folder=tmp_path, seconds=120)
+    assert done.is_clean
+    assert done.code == 1
+    assert "safetensors gives NaN or infinity for" in done.output
+    results = json.loads((run / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert results["safetensors"]["difference"] is None
+    assert results["compressed"]["not_finite"] == 0
+    for name in ("model.safetensors", "structure.json"):
+        shutil.copy(file.parent / name, run / "compressed" / name)
+    for kind in ("safetensors", "pt2"):
+        done = attack("export", "run", "--to", kind, "--output", "new.pt2", folder=tmp_path, seconds=120)
+        assert done.is_clean
+        assert done.code == 1
+        assert "the network gives NaN or infinity on these images" in done.output
+        assert not (tmp_path / "new.pt2").exists()
+
+
+def test_a_foreign_onnx_file(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    (run / "exported").mkdir()
+    file = run / "exported" / "model.onnx"
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    given = helper.make_tensor_value_info("x", kind, ["n", 1, 8, 8])
+    for node, message in (
+        (helper.make_node("Log", ["x"], ["y"]), "onnx: expected outputs of shape"),
+        (helper.make_node("Nothing", ["x"], ["y"]), "model.onnx cannot be read"),
+    ):
+        graph = helper.make_graph([node], "g", [given], [helper.make_tensor_value_info("y", kind, None)])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        file.write_bytes(model.SerializeToString())
+        done = attack("evaluate", "run", folder=tmp_path, seconds=60)
+        assert done.is_clean
+        assert done.code == 1
+        assert message in done.output
+    with open(file, "wb") as large:
+        large.truncate(10**10)
+    done = attack("evaluate", "run", folder=tmp_path, seconds=60)
+    assert done.code == 1
+    assert "model.onnx: expected at most" in done.output
+
+
+def test_nothing_is_written_where_links_lead(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (run / "exported").symlink_to(tmp_path / "elsewhere")
+    for kind in ("pt2", "safetensors"):
+        assert finish("export", "run", "--to", kind, folder=tmp_path) == 1
+        assert "exported is a link" in output(tmp_path)
+    assert not list((tmp_path / "elsewhere").iterdir())
