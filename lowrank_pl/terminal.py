@@ -11,7 +11,7 @@ def terminal() -> Console:
 
 
 def printable(text: str) -> str:
-    """Text from elsewhere in one line: control characters, escapes of terminals and halves of characters are spelt out."""
+    """Text from elsewhere in one line: control characters and halves of characters are spelt out."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
