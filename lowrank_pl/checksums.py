@@ -23,7 +23,12 @@ def write_summed(path: Path, data: bytes) -> None:
     new = hashlib.sha256(data).hexdigest()
     old = _old_sum(path)
     write_files({sum_file(path): _lines(path, new, *old)})
-    write_files({path: data})
+    try:
+        write_files({path: data})
+    except BaseException:
+        if not path.is_file():
+            sum_file(path).unlink(missing_ok=True)
+        raise
     if old:
         write_files({sum_file(path): _lines(path, new)})
 

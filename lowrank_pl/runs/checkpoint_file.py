@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowrank_pl.checksums import check_sum
 
-_VALUES = 2_000_000  # in all lists and mappings of a checkpoint, those that are in several places counted in each
+_VALUES = 500_000  # in all lists and mappings of a checkpoint, those that are in several places counted in each
 _DEPTH = 100
 # What our checkpoints are made of. `torch.load` knows more, among it what takes as much memory as it is told to.
 _MADE_OF = re.compile(
