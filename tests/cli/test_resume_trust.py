@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 TRAIN = [
     "train", "model=lenet300", "targets=all", "decomposition=svd", "trainer.enable_progress_bar=false",
-    "compression.S_D=7", "trainer.max_epochs=2", "hydra.run.dir=run",
+    "trainer.max_epochs=2", "hydra.run.dir=run",
 ]  # fmt: skip
 
 
@@ -76,7 +76,8 @@ def test_own_places_are_believed_and_those_of_others_are_not(run: Path, finished
         ({"paths": {"references": "OUT/refs"}}, "`paths.references`"),
         ({"paths": {"references": "RUN/../refs"}}, "`paths.references`"),
         ({"logger": {"_target_": "pytorch_lightning.loggers.TensorBoardLogger", "name": "OUT/x"}}, "`logger.name`"),
-        ({"logger": {"_target_": "pytorch_lightning.loggers.TensorBoardLogger", "version": "../../x"}}, "`logger.version`"),
+        ({"logger": {"_target_": "pytorch_lightning.loggers.TensorBoardLogger", "version": "../../x"}},
+         "`logger.version`"),
         ({"logger": {"_target_": "pytorch_lightning.loggers.MLFlowLogger", "tracking_uri": "sqlite:///OUT/x.db"}},
          "`logger.tracking_uri`"),
         ({"data": {"_target_": "lowrank_pl.data.MNIST", "root": "OUT/data"}}, "`data.root`"),
