@@ -68,6 +68,8 @@ def check_links(directory: Path) -> None:
     would write elsewhere, or wait for ever."""
     home = directory.resolve()
     for folder, folders, files in os.walk(directory):  # which follows no links
+        if "wandb" in Path(folder).relative_to(directory).parts:
+            continue  # which links to its logs elsewhere, and writes into folders that it has made
         for name in (*folders, *files):
             path = Path(folder, name)
             mode = path.lstat().st_mode
@@ -76,7 +78,7 @@ def check_links(directory: Path) -> None:
                     target = path.resolve()
                 except (OSError, RuntimeError):  # a loop
                     target = Path("/")
-                if not target.is_relative_to(home) or not target.exists():
+                if not target.is_relative_to(home) or target.is_symlink():
                     raise ValueError(f"{path} is a link that leads out of the run's directory: remove it")
             elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise ValueError(f"{path} is neither a file nor a folder: remove it")

@@ -153,6 +153,10 @@ def _check_stages(name: str, layout: Layout, folder: Path) -> None:
     """Raise `ValueError` for stages that pad, or widen their outputs, by more than the layer that they replace: then
     what runs through them takes memory that no weight stands for."""
     layer = layout.layer
+    if len(layout.stages) > 16:
+        raise ValueError(
+            f"Layer {name!r} in {folder / 'structure.json'} is altered: it has {len(layout.stages)} stages"
+        )
     for stage in layout.stages:
         if stage.kind == "linear" or layer.kind == "linear":
             continue

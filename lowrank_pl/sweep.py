@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from lowrank_pl.files import write_files
-from lowrank_pl.run_files import as_json, is_running, locked, read_facts
+from lowrank_pl.run_files import as_json, check_links, is_running, locked, read_facts
 
 Job = list[str]  # overrides
 
@@ -102,6 +102,7 @@ class Sweep:
     def _start(self, name: str, options: list[str], threads: int) -> _Started:
         directory = self.directory / name
         directory.mkdir(exist_ok=True)
+        check_links(directory)  # before its log is written
         if self._is_begun(name):
             allowed = [value for flag, value in pairwise(options) if flag == "--allow"]
             words = ["resume", str(directory), *(word for value in allowed for word in ("--allow", value))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +53,8 @@ class Finished:
         make = partial(instantiate, _convert_="all")
         data = make(config.data)
         data.setup()
+        if facts.get("data") not in (None, getattr(data, "fingerprint", None)):
+            warnings.warn(f"the data are not those that {path} was trained and tested on", stacklevel=2)
         dense = make(config.model.net, input_shape=data.input_shape, num_classes=data.num_classes)
         compressed = load_compressed(dense, path / "compressed")
         load_weights(dense, path / "dense.safetensors")

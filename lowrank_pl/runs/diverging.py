@@ -28,19 +28,15 @@ class FiniteLoss(pl.Callback):
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
-        self._since: Tensor | None = None  # the step of the first such loss, or -1; a tensor: no step waits for a GPU
+        self._losses: list[tuple[int, Tensor]] = []  # since the last check: no step waits for a GPU
+        self._since: int | None = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(loss, Tensor):
-            return
-        finite = torch.isfinite(loss.detach()).all()
-        never = torch.full((), -1, device=loss.device)
-        since = never if self._since is None else self._since
-        first = torch.where(since < 0, torch.full_like(never, trainer.global_step), since)
-        self._since = torch.where(finite, never, first)
+        if isinstance(loss, Tensor):
+            self._losses.append((trainer.global_step, loss.detach()))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check()
@@ -61,5 +57,10 @@ class FiniteLoss(pl.Callback):
 
     def check(self) -> None:
         """Raise `Diverged` if the latest loss was not finite."""
-        if self._since is not None and (step := int(self._since)) >= 0:
-            raise Diverged(f"{self.stage} diverged: the loss is not finite from step {step} on. {_TRY}")
+        if self._losses:
+            finite = torch.isfinite(torch.stack([loss for _, loss in self._losses])).tolist()
+            for (step, _), is_finite in zip(self._losses, finite, strict=True):
+                self._since = None if is_finite else self._since or step
+            self._losses.clear()
+        if self._since is not None:
+            raise Diverged(f"{self.stage} diverged: the loss is not finite from step {self._since} on. {_TRY}")

@@ -121,6 +121,8 @@ class _Execution:
         if _is_whole(own):
             return own
         with locked(shared.with_suffix(".lock"), self.check):  # others wait for it
+            for half in shared.parent.glob(f".{shared.name}*.new"):  # where a run was killed while it wrote
+                half.unlink()
             if not _is_whole(shared):
                 module = self.recipe.classifier(copy.deepcopy(self.recipe.net), training)
                 self.fit("reference", self.directory / "reference", module, [], _epochs(training), None)
