@@ -12,7 +12,8 @@ from lowrank_pl.runs.diverging import FiniteLoss
 
 
 def seen(*losses: float, check_after: int = 0) -> FiniteLoss:
-    finite, module: Any = FiniteLoss("training"), None
+    module: Any = None
+    finite = FiniteLoss("training")
     for step, loss in enumerate(losses, 1):
         trainer: Any = SimpleNamespace(global_step=step)
         finite.on_train_batch_end(trainer, module, {"loss": torch.tensor(loss)}, None, step)
