@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lowrank_pl.extraction import RECORD
 from lowrank_pl.files import write_files
 from lowrank_pl.layers import spec_of
-from lowrank_pl.structures import layout_from_dict
+from lowrank_pl.reading import MEGABYTE, read_json
+from lowrank_pl.structures import Layout, layout_from_dict
 from lowrank_pl.surgery import detached_copy, find_layers, replace_layers
 
 FORMAT = 1
@@ -56,15 +57,9 @@ def load_compressed(model: nn.Module, dirpath: str | Path) -> nn.Module:
     file, `ValueError` for one that is truncated, altered or for another network.
     """
     folder = Path(dirpath)
-    for name in ("structure.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"Expected a folder written by save_compressed but {folder / name} is missing")
-    structure = _read_structure(folder / "structure.json")
-    if checksum((folder / "model.safetensors").read_bytes(), structure) != structure["sha256"]:
-        raise ValueError(
-            f"{folder} is truncated or altered: the checksum of model.safetensors and structure.json is not the one "
-            "that was written with them. Save the network again"
-        )
+    # a few times the dense network's: factors may be more, but not by much
+    dense = sum(tensor.numel() * tensor.element_size() for tensor in _state(model).values())
+    structure = check_compressed(folder, most=4 * dense + 16 * MEGABYTE)
     skeleton = _rebuild(model, structure["layers"], folder)
     tensors = _read_tensors(folder / "model.safetensors", _state(skeleton))
     with torch.no_grad():
@@ -77,6 +72,27 @@ def load_compressed(model: nn.Module, dirpath: str | Path) -> nn.Module:
                 target.copy_(tensors[name])
     setattr(skeleton, RECORD, {"layers": structure["layers"], "notes": structure["notes"]})
     return skeleton
+
+
+def check_compressed(folder: Path, most: int = 2**62) -> dict[str, Any]:
+    """The structure in a folder, once both files are what was written; for any network.
+
+    Raises `FileNotFoundError` for a missing file, `ValueError` for one that is truncated or altered, or for weights of
+    more than `most` bytes.
+    """
+    for name in ("structure.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"Expected a folder written by save_compressed but {folder / name} is missing")
+    structure = _read_structure(folder / "structure.json")
+    size = (folder / "model.safetensors").stat().st_size
+    if size > most:
+        raise ValueError(f"{folder / 'model.safetensors'} is for another network: it has {size:,} bytes")
+    if checksum((folder / "model.safetensors").read_bytes(), structure) != structure["sha256"]:
+        raise ValueError(
+            f"{folder} is truncated or altered: the checksum of model.safetensors and structure.json is not the one "
+            "that was written with them. Save the network again"
+        )
+    return structure
 
 
 def checksum(weights: bytes, structure: dict[str, Any]) -> str:
@@ -100,9 +116,9 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 def _read_structure(path: Path) -> dict[str, Any]:
     try:
-        structure = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is truncated or altered: it is not JSON. Save the network again") from error
+        structure = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or altered: {error}. Save the network again") from error
     fields = {"format": int, "sha256": str, "layers": dict, "notes": dict}
     if not isinstance(structure, dict) or any(not isinstance(structure.get(k), t) for k, t in fields.items()):
         raise ValueError(f"{path} is altered: expected the keys {sorted(fields)}. Save the network again")
@@ -127,9 +143,34 @@ def _rebuild(model: nn.Module, entries: dict[str, Any], folder: Path) -> nn.Modu
             )
         with torch.device("meta"):
             layout = layout_from_dict(entry["structure"], spec_of(layers[name]))
+            _check_stages(name, layout, folder)
             module = layout.build(layers[name].bias is not None)
             replacements[layers[name]] = module.to(layers[name].weight.dtype)  # type: ignore[arg-type]
     return replace_layers(skeleton, replacements).train(model.training)
+
+
+def _check_stages(name: str, layout: Layout, folder: Path) -> None:
+    """Raise `ValueError` for stages that pad, or widen their outputs, by more than the layer that they replace: then
+    what runs through them takes memory that no weight stands for."""
+    layer = layout.layer
+    if len(layout.stages) > 16:
+        raise ValueError(
+            f"Layer {name!r} in {folder / 'structure.json'} is altered: it has {len(layout.stages)} stages"
+        )
+    for stage in layout.stages:
+        if stage.kind == "linear" or layer.kind == "linear":
+            continue
+        for what in ("padding", "output_padding", "dilation", "stride", "kernel"):
+            own, most = getattr(stage, what), getattr(layer, what)
+            if isinstance(own, str) or not own:  # "same" keeps the size
+                continue
+            if isinstance(most, str):  # the layer's "same", written out
+                most = tuple(d * (k - 1) for d, k in zip(layer.dilation, layer.kernel, strict=True))
+            if len(own) != len(most) or any(one > other for one, other in zip(own, most, strict=True)):
+                raise ValueError(
+                    f"Layer {name!r} in {folder / 'structure.json'} is altered: expected a {what} of at most "
+                    f"{list(most)} but got {list(own)}. Save the network again"
+                )
 
 
 def _read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from lowrank_pl.files import write_files
 from lowrank_pl.reading import read_json
-from lowrank_pl.run_files import as_json, is_running, locked, read_facts
+from lowrank_pl.run_files import as_json, check_links, is_running, locked, read_facts
 
 Job = list[str]  # overrides
 _LOCK, _MANIFEST_LOCK, _LOG = ".lock", ".manifest.lock", "output.log"  # a sweep holds the first one while it runs
@@ -92,7 +92,8 @@ class Sweep:
         return int(any(self.status(name) != "finished" for name in self.jobs))
 
     def _run(self, at_once: int, options: list[str], say: Callable[[str], None]) -> None:
-        waiting = [name for name in self.jobs if self.status(name) not in ("finished", "running")]
+        # the same training would diverge again
+        waiting = [name for name in self.jobs if self.status(name) not in ("finished", "running", "diverged")]
         for name in self.jobs:
             if name not in waiting:
                 say(f"{self.title(name)}: {self.status(name)}")
@@ -114,6 +115,7 @@ class Sweep:
     def _start(self, name: str, options: list[str], threads: int) -> _Started:
         directory = self.directory / name
         directory.mkdir(exist_ok=True)
+        check_links(directory)  # before its log is written
         if self._is_begun(name):
             words = ["resume", str(directory), *(word for word in options if word.startswith("--allow="))]
         else:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lowrank_pl"
 LEVELS = [
     # 0: numbers and files
     {"checks", "names", "files", "reading", "terminal", "timing", "processes", "layer_spec", "linalg"},
-    {"run_files", "curves"},
+    {"checksums", "curves", "run_files"},
     # 1: one weight
     {"layers"},
     {"structures"},

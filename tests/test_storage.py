@@ -240,6 +240,7 @@ def stage(structure):
     return conv2(structure)["structure"]["stages"][0]
 
 
+SQUARE = {"in_channels": 12, "out_channels": 12}
 ALTERATIONS = {
     "no format": lambda s: s.pop("format"),
     "later format": lambda s: s.update(format=2),
@@ -271,6 +272,10 @@ ALTERATIONS = {
     "padding mode as a list": lambda s: stage(s).update(padding_mode=[]),
     "groups that do not divide": lambda s: stage(s).update(groups=3),
     "no groups": lambda s: stage(s).update(groups=0),
+    "huge padding": lambda s: stage(s).update(padding=[10**6, 0]),
+    "padding of one more": lambda s: stage(s).update(padding=[2, 0]),
+    "huge dilation": lambda s: stage(s).update(dilation=[10**6, 1]),
+    "many stages": lambda s: conv2(s)["structure"]["stages"].extend([conv2(s)["structure"]["stages"][1] | SQUARE] * 40),
     "extra key": lambda s: stage(s).update(extra=1),
     "kind as a list": lambda s: stage(s).update(kind=["conv"]),
     "another stride": lambda s: stage(s).update(stride=[1, 1]),

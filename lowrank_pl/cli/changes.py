@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowrank_pl.cli.configs import protected
-from lowrank_pl.runs import checkpoints
+from lowrank_pl.cli.configs import mirrors, protected
+from lowrank_pl.runs import Run, checkpoints, stages_again
 
 
 def show(changed: Mapping[str, tuple[Any, Any]], directory: Path, force: bool) -> list[str]:
@@ -24,6 +24,23 @@ def show(changed: Mapping[str, tuple[Any, Any]], directory: Path, force: bool) -
             "run, or add --force"
         )
     return lines
+
+
+def given(words: Iterable[str], linked: dict[str, str]) -> set[str]:
+    """The keys that stand on the command line, and what repeats them."""
+    keys = [word.partition("=")[0].lstrip("+") for word in words]
+    return {each for key in keys for each in (key, *mirrors(key, linked))}
+
+
+def is_at_its_end(run: Run, force: bool) -> bool:
+    """Whether there is nothing to do for an unchanged run; `ValueError` for one that has diverged, unless `force`."""
+    if run.facts["status"] == "diverged" and not force:
+        raise ValueError(
+            f"{run.directory} has diverged, and would do so again ({run.facts.get('error', '')}). Change values, or "
+            "add --force"
+        )
+    again, _ = stages_again(run.directory, run.facts["done"])
+    return run.facts["status"] == "finished" and not again
 
 
 def still_done(done: list[str], changed: Iterable[str]) -> list[str]:

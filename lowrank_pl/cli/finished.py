@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import os
-import secrets
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +13,14 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from lowrank_pl.checksums import is_signed, signature
 from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.configs import read_stored
 from lowrank_pl.files import write_files
 from lowrank_pl.models import load_weights
-from lowrank_pl.run_files import read_facts
+from lowrank_pl.reading import read_bytes
+from lowrank_pl.run_files import check_links, read_facts
+from lowrank_pl.runs import check_config, stages_again
 from lowrank_pl.storage import load_compressed
 
 
@@ -40,14 +40,21 @@ class Finished:
         path = directory.absolute()
         if not (path / "config.yaml").is_file():
             raise FileNotFoundError(f"no config.yaml in {path}: expected the directory of a run")
+        check_links(path)
         facts = read_facts(path)
         if facts is None or facts["status"] != "finished":
             raise ValueError(f"{path} is not finished: `lowrank-pl resume` goes on with it")
+        check_config(path, facts)
+        again, reason = stages_again(path, facts["done"])
+        if again:
+            raise ValueError(f"{reason}: `lowrank-pl resume` makes it anew")
         config = read_stored(path / "config.yaml")
         check_targets(config, allow)
         make = partial(instantiate, _convert_="all")
         data = make(config.data)
         data.setup()
+        if facts.get("data") not in (None, getattr(data, "fingerprint", None)):
+            warnings.warn(f"the data are not those that {path} was trained and tested on", stacklevel=2)
         dense = make(config.model.net, input_shape=data.input_shape, num_classes=data.num_classes)
         compressed = load_compressed(dense, path / "compressed")
         load_weights(dense, path / "dense.safetensors")
@@ -67,24 +74,16 @@ class Finished:
 
 def seal(file: Path) -> None:
     """Remember beside a file that this user has made it."""
-    write_files({_seal_file(file): _seal_of(file).encode()})
+    by = signature(file.read_bytes())
+    if by is not None:
+        write_files({_seal_file(file): by.encode()})
 
 
 def is_sealed(file: Path) -> bool:
     """Whether this user has made the file, and nobody has changed it since."""
     place = _seal_file(file)
-    return place.is_file() and hmac.compare_digest(place.read_text(), _seal_of(file))
+    return place.is_file() and is_signed(file.read_bytes(), read_bytes(place).decode(errors="replace"))
 
 
 def _seal_file(file: Path) -> Path:
     return file.with_name(f".{file.name}.seal")
-
-
-def _seal_of(file: Path) -> str:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowrank_pl"
-    key = home / "key"
-    if not key.is_file():
-        home.mkdir(parents=True, exist_ok=True)
-        write_files({key: secrets.token_bytes(32)})
-        key.chmod(0o600)
-    return hmac.new(key.read_bytes(), file.read_bytes(), hashlib.sha256).hexdigest()

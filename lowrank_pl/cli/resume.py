@@ -12,9 +12,11 @@ from hydra.errors import HydraException
 
 from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.build import build
-from lowrank_pl.cli.changes import show, still_done
+from lowrank_pl.cli.changes import given, is_at_its_end, show, still_done
 from lowrank_pl.cli.configs import change, read_stored, stored
+from lowrank_pl.cli.places import check_places
 from lowrank_pl.cli.session import WHILE_BUILDING, WHILE_TRAINING, in_words, session
+from lowrank_pl.data.downloads import no_downloads
 from lowrank_pl.runs import Run, execute
 from lowrank_pl.terminal import say
 
@@ -33,28 +35,33 @@ def main() -> None:
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="the directory of a run")
     parser.add_argument("values", metavar="VALUES", nargs="*", help="overrides key=value")
-    parser.add_argument("--force", action="store_true", help="change the model, data, method or seed all the same")
+    parser.add_argument("--force", action="store_true", help="go on although the model, data, method or seed are "
+                        "changed, files were edited, or the training has diverged")  # fmt: skip
     parser.add_argument("--allow", metavar="NAME", action="append", default=[], help="a class or function of yours "
                         "that the config may call, such as my_package.nets.MyNet; may be repeated")  # fmt: skip
     arguments = parser.parse_intermixed_args()
     with session() as stop:
         try:
-            run = Run.open(arguments.run)
+            run = Run.open(arguments.run, arguments.force)
             config = read_stored(run.directory / "config.yaml")
             changed = change(config, arguments.values, run.facts["links"])
             check_targets(config, arguments.allow)
-            if not changed and run.facts["status"] == "finished":
+            if not run.is_own:
+                check_places(config, run.directory, given(arguments.values, run.facts["links"]))
+            if not changed and is_at_its_end(run, arguments.force):
                 say(f"Nothing to do: {run.directory} is finished.")
                 return
             lines = show(changed, run.directory, arguments.force)
-            recipe = build(config, config.paths.references)
+            downloads = run.is_own or "data.root" in given(arguments.values, run.facts["links"])
+            with nullcontext() if downloads else no_downloads():
+                recipe = build(config, config.paths.references)
         except (*WHILE_BUILDING, HydraException) as error:
             sys.exit(f"lowrank-pl resume: {in_words(error)}")
         history = [*run.facts.get("resumed", []), {"overrides": shlex.join(arguments.values), "changed": lines}]
         facts = {"done": still_done(run.facts["done"], changed), "resumed": history}
         try:
             with run.changed(stored(config), **facts) if changed else nullcontext(), run.recorded():
-                execute(run, recipe, stop)
+                execute(run, recipe, stop, arguments.force)
         except WHILE_TRAINING as error:
             kept = (run.directory / "config.yaml").read_text() == stored(config)
             sys.exit(f"lowrank-pl resume: {in_words(error)}" + ("" if kept else "\nThe run's config is as it was."))

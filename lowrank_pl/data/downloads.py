@@ -1,6 +1,8 @@
 """MNIST and CIFAR, as torchvision downloads them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -8,6 +10,19 @@ from torch import Tensor
 from torchvision import datasets
 
 from lowrank_pl.data.image_arrays import ImageArrays
+
+_MAY_DOWNLOAD = ContextVar("may_download", default=True)
+
+
+@contextmanager
+def no_downloads() -> Iterator[None]:
+    """Inside, what is absent is not downloaded: the place is somebody else's choice."""
+    token = _MAY_DOWNLOAD.set(False)
+    try:
+        yield
+    finally:
+        _MAY_DOWNLOAD.reset(token)
+
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -87,6 +102,11 @@ def _read(dataset: Any, root: str, train: bool) -> Any:
         return dataset(root, train=train, download=False)
     except RuntimeError:  # torchvision: "Dataset not found or corrupted"
         pass
+    if not _MAY_DOWNLOAD.get():
+        raise ValueError(
+            f"{dataset.__name__} is not in {root!r} (`data.root`), and would be downloaded to where a config from "
+            "elsewhere says: give data.root=PATH"
+        )
     try:
         return dataset(root, train=train, download=True)
     except Exception as error:  # whatever the network, the disk or a mirror has to say

@@ -1,5 +1,6 @@
 """The data module of images that fit into memory."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,8 @@ from lowrank_pl.data.sampler import EpochSampler
 class ImageArrays(LightningDataModule, ABC):
     """Training, validation and test images in memory, normalized and augmented batch by batch.
 
-    After `setup()`: `input_shape` (C, H, W) and `num_classes`. Subclasses say where the images come from.
+    After `setup()`: `input_shape` (C, H, W), `num_classes` and `fingerprint`, a digest of the images and labels as they
+    were loaded. Subclasses say where the images come from.
 
     Arguments:
         val_fraction: the part of the training images that is held back for validation, in [0, 1). The same
@@ -71,6 +73,7 @@ class ImageArrays(LightningDataModule, ABC):
         if self._train is not None:
             return
         x_train, y_train, x_test, y_test = self.load()
+        self.fingerprint = _digest(x_train, y_train, x_test, y_test)
         x_train, x_test = as_images(x_train, self.size), as_images(x_test, self.size)
         train, val = _split(len(x_train), self.val_fraction)
         # without a validation set no copy: the images may be most of the memory
@@ -116,6 +119,14 @@ class ImageArrays(LightningDataModule, ABC):
                 f"`mean` and `std` must have {channels} numbers, one per channel, got {self.mean}, {self.std}"
             )
         return torch.tensor(list(self.mean))[:, None, None], torch.tensor(list(self.std))[:, None, None]
+
+
+def _digest(*arrays: Tensor) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {list(array.shape)}".encode())
+        digest.update(array.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _split(size: int, val_fraction: float) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lowrank_pl.checksums import check_sum
+
 
 def load_weights(net: nn.Module, file: str | Path) -> None:
     """Copy the tensors of a safetensors file into `net`, in place; the names and shapes must be the same.
 
-    Raises FileNotFoundError without the file, and ValueError, with `net` unchanged, if it does not fit.
+    Raises FileNotFoundError without the file, and ValueError, with `net` unchanged, if it does not fit, or is not what
+    the sum beside it was made of.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"no weights at {file}: set `model.weights` to a safetensors file, or to null")
+    check_sum(Path(file))
     try:
         state = load_file(file)
     except SafetensorError as error:

@@ -1,9 +1,22 @@
 """Runs: their directories, what happens in them, and how they are taken up again."""
 
-from lowrank_pl.runs.directory import Run
+from lowrank_pl.runs.directory import Run, check_config
+from lowrank_pl.runs.diverging import Diverged
 from lowrank_pl.runs.execute import execute
 from lowrank_pl.runs.recipe import Recipe, Training
 from lowrank_pl.runs.resumable import checkpoints
+from lowrank_pl.runs.state import stages_again
 from lowrank_pl.runs.stopping import Interrupted, Stop
 
-__all__ = ["Interrupted", "Recipe", "Run", "Stop", "Training", "checkpoints", "execute"]
+__all__ = [
+    "Diverged",
+    "Interrupted",
+    "Recipe",
+    "Run",
+    "Stop",
+    "Training",
+    "check_config",
+    "checkpoints",
+    "execute",
+    "stages_again",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
 from lowrank_pl.callbacks import CompressionCallback, ExtractStructure, LearningCompression
+from lowrank_pl.checksums import add_sum, check_sum, write_summed
 from lowrank_pl.extraction import extracted_part
 from lowrank_pl.figures import draw_run
 from lowrank_pl.files import write_files
@@ -25,42 +28,54 @@ from lowrank_pl.models import load_weights
 from lowrank_pl.report import summarize
 from lowrank_pl.run_files import as_json, locked
 from lowrank_pl.runs.directory import Run
+from lowrank_pl.runs.diverging import FiniteLoss
 from lowrank_pl.runs.metrics_file import MetricsFile
 from lowrank_pl.runs.progress import EpochLines, Progress
 from lowrank_pl.runs.recipe import Recipe, Training
 from lowrank_pl.runs.resumable import Resumable, WholeFiles, newest_checkpoint
-from lowrank_pl.runs.stopping import Stop
+from lowrank_pl.runs.state import check_data, stages_again
+from lowrank_pl.runs.stopping import Interrupted, Stop
 from lowrank_pl.storage import load_compressed, save_compressed
 from lowrank_pl.surgery import find_layers
 from lowrank_pl.terminal import say, terminal
 
 
-def execute(run: Run, recipe: Recipe, stop: Stop | None = None) -> None:
+def execute(run: Run, recipe: Recipe, stop: Stop | None = None, force: bool = False) -> None:
     """Train, compress, extract, fine-tune, test the networks, and write and show the report.
 
-    Goes on from the newest checkpoint in the run's directory, and from the stages that are done.
+    Goes on from the newest checkpoint in the run's directory, and from the stages that are done and undamaged. Raises
+    `Diverged` where a loss is no longer finite, and `ValueError`, unless `force`, where the data or `metrics.csv` are
+    not what they were.
     """
-    return _Execution(run, recipe, stop).execute()
+    return _Execution(run, recipe, stop, force).execute()
 
 
 class _Execution:
-    def __init__(self, run: Run, recipe: Recipe, stop: Stop | None) -> None:
+    def __init__(self, run: Run, recipe: Recipe, stop: Stop | None, force: bool) -> None:
         self.run, self.recipe, self.stop, self.directory = run, recipe, stop, run.directory
+        self.force = force
         self.progress = Progress()
         self.example = next(iter(recipe.data.test_dataloader()))[0][:32]
 
     def execute(self) -> None:
+        check_data(self.run, self.recipe.data, self.force)
+        again, reason = stages_again(self.directory, self.run.facts["done"])
+        if reason:
+            warnings.warn(f"{reason}: made anew, from the last checkpoint", stacklevel=2)
+            self.run.record(done=[stage for stage in self.run.facts["done"] if stage not in again])
         tuned = self.recipe.finetune is not None and self.recipe.compression is not None
         last = "extracted" if tuned else "compressed"
         if not self.run.is_done("fit"):
             shutil.rmtree(self.directory / "finetune", ignore_errors=True)  # of another network
             dense, compressed = self.train()
-            write_files({self.directory / "dense.safetensors": _weights(dense)})
+            write_summed(self.directory / "dense.safetensors", _weights(dense))
             save_compressed(compressed, self.directory / last)
+            if (self.directory / "metrics.csv").is_file():
+                add_sum(self.directory / "metrics.csv")
             self.mark_done("fit")
-        compressed = load_compressed(self.recipe.net, self.directory / last)
         if tuned and not self.run.is_done("finetune"):
             assert self.recipe.finetune is not None
+            compressed = load_compressed(self.recipe.net, self.directory / last)
             write_files({self.directory / "extracted" / "test.json": as_json(self.test(compressed))})
             classifier = self.recipe.classifier(compressed, self.recipe.finetune)
             length, logger = _epochs(self.recipe.finetune), self.logger("finetune")
@@ -103,15 +118,17 @@ class _Execution:
         """The reference's weights, in the run's directory: trained here, or by another run of the same sweep."""
         own, references = self.directory / "reference.safetensors", self.recipe.references
         shared = own if references is None else references / f"{self.recipe.reference_key}.safetensors"
-        if own.is_file():
+        if _is_whole(own):
             return own
         with locked(shared.with_suffix(".lock"), self.check):  # others wait for it
-            if not shared.is_file():
+            for half in shared.parent.glob(f".{shared.name}*.new"):  # where a run was killed while it wrote
+                half.unlink()
+            if not _is_whole(shared):
                 module = self.recipe.classifier(copy.deepcopy(self.recipe.net), training)
                 self.fit("reference", self.directory / "reference", module, [], _epochs(training), None)
-                write_files({shared: _weights(module.net)})
+                write_summed(shared, _weights(module.net))
         if shared != own:
-            write_files({own: shared.read_bytes()})
+            write_summed(own, shared.read_bytes())
         return own
 
     def logger(self, prefix: str = "") -> Logger | None:
@@ -146,11 +163,12 @@ class _Execution:
         """
         pl.seed_everything(self.recipe.seed, verbose=False)
         checkpoints = directory / "checkpoints"
-        resumable = Resumable(checkpoints, self.stop, self.recipe.checkpoint_every)
+        resumable = Resumable(checkpoints, self.stop, self.recipe.checkpoint_every, force=self.force)
+        finite = FiniteLoss(stage)  # first: a compression stumbles over what is not finite
         lines = EpochLines(self.progress, stage)
         bar = {} if sys.stdout.isatty() else {"enable_progress_bar": False}
         trainer = self.recipe.make_trainer(
-            callbacks=[*([] if self.stop is None else [self.stop]), *callbacks, resumable, lines],
+            callbacks=[finite, *([] if self.stop is None else [self.stop]), *callbacks, resumable, lines],
             logger=[MetricsFile(directory), *([] if logger is None else [logger])],
             plugins=[WholeFiles()],
             default_root_dir=str(directory),
@@ -162,8 +180,10 @@ class _Execution:
         self.progress.say(f"{stage}: {begin}{_end(trainer)}")
         try:
             trainer.fit(module, self.recipe.data, ckpt_path=newest)
-        except RuntimeError as error:
-            if newest is not None and "loading state_dict" in str(error):
+        except Exception as error:
+            if not isinstance(error, Interrupted):
+                finite.check()
+            if isinstance(error, RuntimeError) and newest and "loading state_dict" in str(error):
                 raise ValueError(f"{newest} is of another network than the config ({str(error)[:300]} ...)") from error
             raise
         self.check()
@@ -199,10 +219,8 @@ class _Execution:
         spectra = _spectra(dense)
         for layer in values["layers"]:
             layer["spectrum"] = spectra.get(layer["name"])
-        write_files({
-            self.directory / "report.json": as_json(values),
-            self.directory / "report.md": report.to_markdown(accuracy=pair).encode(),
-        })  # fmt: skip
+        write_summed(self.directory / "report.json", as_json(values))
+        write_files({self.directory / "report.md": report.to_markdown(accuracy=pair).encode()})
         logger = self.logger("final")
         if logger is not None:
             figures = {
@@ -215,6 +233,20 @@ class _Execution:
         draw_run(self.directory / "metrics.csv", self.directory / "figure.png")
         terminal().print(report.to_table(accuracy=pair))
         say(f"Everything is in {self.directory}")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a reference is there, and is what was written; warns of one that is not."""
+    if not file.is_file():
+        return False
+    try:
+        check_sum(file)
+        with safe_open(file, framework="pt"):
+            return True
+    except (ValueError, SafetensorError) as error:
+        reason = str(error) if str(file) in str(error) else f"{file} is damaged ({error})"
+        warnings.warn(f"{reason}: made anew", stacklevel=2)
+        return False
 
 
 def _end(trainer: pl.Trainer) -> str:

@@ -16,8 +16,9 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 
+from lowrank_pl.checksums import remove_summed, write_summed
 from lowrank_pl.data.loader import ResumableLoader
-from lowrank_pl.files import write_files
+from lowrank_pl.runs.checkpoint_file import read_checkpoint
 from lowrank_pl.runs.metrics_file import MetricsFile
 from lowrank_pl.runs.stopping import Stop
 
@@ -26,13 +27,20 @@ class Resumable(Checkpoint):
     """Writes checkpoints at the start of every epoch but the first (and every `every_n_steps`), keeps the newest two.
 
     Not at an epoch's end or before a validation, which Lightning would leave out on resuming. They hold, besides what
-    Lightning puts in, all random states, the loader's place and the number of rows in `metrics.csv`. Where `stop` says
-    so, training ends with the next one.
+    Lightning puts in, all random states, the loader's place and the number of rows in `metrics.csv` with a digest of
+    them. Where `stop` says so, training ends with the next one. With `force` a `metrics.csv` that does not fit is taken
+    as it is.
     """
 
     def __init__(
-        self, dirpath: str | Path, stop: Stop | None = None, every_n_steps: int | None = None, keep: int = 2
+        self,
+        dirpath: str | Path,
+        stop: Stop | None = None,
+        every_n_steps: int | None = None,
+        keep: int = 2,
+        force: bool = False,
     ) -> None:
+        self.force = force
         self.dirpath, self.stop = Path(dirpath), stop
         self.every_n_steps, self.keep = every_n_steps, keep
         self.last_epoch, self.last_step = -1, 0
@@ -42,10 +50,10 @@ class Resumable(Checkpoint):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for logger in _metrics_files(trainer):
-            logger.cut(0 if self._state is None else self._state["rows"])
-        if trainer.is_global_zero:
-            for half in self.dirpath.glob(".*.ckpt.*.new"):  # where a run was killed while it wrote
-                half.unlink()
+            if self._state is None:
+                logger.cut(0)
+            else:  # up to 0.2 without a digest
+                logger.cut(self._state["rows"], self._state.get("metrics"), self.force)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._state is not None:
@@ -89,7 +97,7 @@ class Resumable(Checkpoint):
         trainer.save_checkpoint(self.dirpath / f"step={trainer.global_step}.ckpt")
         if trainer.is_global_zero:
             for old in checkpoints(self.dirpath)[self.keep :]:
-                old.unlink()
+                remove_summed(old)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -101,11 +109,12 @@ class Resumable(Checkpoint):
         loader, place = trainer.train_dataloader, None
         if isinstance(loader, ResumableLoader):
             place = {"batches": 0} if self._epoch_start else loader.state_dict()
-        rows = [logger.saved() for logger in _metrics_files(trainer)]
+        saved = [logger.saved() for logger in _metrics_files(trainer)]
         checkpoint[_KEY] = {
             "last_epoch": self.last_epoch,
             "last_step": self.last_step,
-            "rows": rows[0] if rows else 0,
+            "rows": saved[0][0] if saved else 0,
+            "metrics": saved[0][1] if saved else None,
             "loader": place,
             "steps": trainer.fit_loop.epoch_loop._batches_that_stepped if self._epoch_start else None,
             "random": _random_state(),
@@ -141,11 +150,10 @@ class WholeFiles(TorchCheckpointIO):
         memory = io.BytesIO()
         torch.save(checkpoint, memory)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_files({Path(path): memory.getvalue()})
+        write_summed(Path(path), memory.getvalue())
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        return checkpoint
+        return read_checkpoint(Path(path), map_location or "cpu")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -162,7 +170,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     found = checkpoints(folder)
     for path in found:
         try:
-            torch.load(path, map_location="cpu", weights_only=True)
+            read_checkpoint(path)
         except Exception as error:  # of many kinds: the file may hold anything
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             last = path == found[-1]

@@ -94,6 +94,81 @@ def test_fifty_kills(name: str, whole: dict, tmp_path: Path) -> None:
         shutil.rmtree(folder)
 
 
+EXTENSION = ["trainer.max_epochs=10", "finetune.epochs=5"]
+
+
+@pytest.fixture(scope="module")
+def extended(whole: dict, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A finished run that was trained on, and how many seconds that took."""
+    folder = tmp_path_factory.mktemp("extended")
+    shutil.copytree(whole["deeptwist"][0], folder / "run")
+    begin = time.monotonic()
+    assert finish("resume", "run", *EXTENSION, folder=folder) == 0, (folder / "output.txt").read_text()
+    return folder / "run", time.monotonic() - begin
+
+
+def kill_extension(whole: Path, extended: Path, after: float, folder: Path) -> str:
+    """The status that the kill has left: finished as it was, or to be gone on with as it is to become."""
+    run = Path(shutil.copytree(whole, folder / "run"))
+    process = start("resume", "run", *EXTENSION, folder=folder)
+    process.join(after)
+    process.kill()
+    process.join()
+    status = json.loads((run / "run.json").read_text())["status"]
+    assert finish("resume", "run", folder=folder) == 0, (folder / "output.txt").read_text()
+    is_old = (run / "config.yaml").read_bytes() == (whole / "config.yaml").read_bytes()
+    assert is_old == (status == "finished" and process.exitcode != 0)
+    assert_same(whole if is_old else extended, run)
+    if is_old:
+        assert "Nothing to do" in (folder / "output.txt").read_text()
+    return status
+
+
+@pytest.mark.parametrize("part", [0.2, 0.6])
+def test_a_killed_extension_goes_on(part: float, whole: dict, extended: tuple, tmp_path: Path) -> None:
+    kill_extension(whole["deeptwist"][0], extended[0], part * extended[1], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_fifty_killed_extensions(whole: dict, extended: tuple, tmp_path: Path) -> None:
+    moments, seen = random.Random(0), set()
+    for trial in range(50):
+        folder = tmp_path / str(trial)
+        folder.mkdir()
+        seen.add(kill_extension(whole["deeptwist"][0], extended[0], moments.uniform(0, extended[1]), folder))
+        shutil.rmtree(folder)
+    assert {"running"} <= seen
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_an_extension_killed_between_two_writes(call: int, whole: dict, tmp_path: Path) -> None:
+    """At each of the moves by which the config and `run.json` are changed: the old run, or the new one."""
+    from lowrank_pl.runs import Run
+
+    before = Path(shutil.copytree(whole["deeptwist"][0], tmp_path / "run"))
+    text = (before / "config.yaml").read_text()
+    child = os.fork()
+    if not child:
+        done, replace = [], os.replace
+
+        def stop(*words: Any) -> None:
+            if len(done) == call:
+                os._exit(9)
+            done.append(words)
+            replace(*words)
+
+        os.replace = stop
+        with Run.open(before).changed(text.replace("max_epochs: 8", "max_epochs: 10"), done=[]):
+            os._exit(0)
+    os.waitpid(child, 0)
+    run = Run.open(before)
+    is_old = (before / "config.yaml").read_text() == text
+    assert run.facts["status"] == ("finished" if is_old else "running")
+    assert run.facts["done"] == (["fit", "finetune"] if is_old else [])
+    assert is_old == (call < 2)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_goes_on(number: int, whole: dict, tmp_path: Path) -> None:
     run, _ = whole["deeptwist"]

@@ -24,13 +24,25 @@ TRAIN = [
 def interrupted(folder: Path, *words: str) -> Path:
     """A run in folder/run that was stopped in its first epochs."""
     process = start(*TRAIN, "trainer.max_epochs=200", *words, "hydra.run.dir=run", folder=folder)
-    while len(list((folder / "run").glob("checkpoints/*.ckpt"))) < 2:
+    while len(kept_checkpoints(folder / "run")) < 2:
         time.sleep(0.02)
         assert process.exitcode is None, output(folder)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
     assert process.exitcode == 128 + signal.SIGTERM, output(folder)
     return folder / "run"
+
+
+def kept_checkpoints(run: Path) -> list[Path]:
+    return sorted(run.glob("checkpoints/*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
+
+
+def without_sums(run: Path) -> None:
+    """As a run of version 0.2, or of somebody who knows what is checked."""
+    for path in run.rglob("*.sha256"):
+        path.unlink()
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({k: v for k, v in facts.items() if k not in ("sha256", "config")}))
 
 
 def output(folder: Path) -> str:
@@ -113,7 +125,7 @@ def test_force_changes_the_seed_of_everything(run: Path, tmp_path: Path) -> None
 
 
 def test_the_checkpoint_before_a_truncated_one_is_taken(run: Path, tmp_path: Path) -> None:
-    _, newest = sorted((run / "checkpoints").iterdir(), key=lambda path: int(path.stem.removeprefix("step=")))
+    _, newest = kept_checkpoints(run)
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     half = newest.with_name(f".{newest.name}.1234.new")  # of a kill while it was written
     half.write_bytes(b"")
@@ -151,7 +163,8 @@ def test_values_that_do_not_work_are_not_kept(word: str, message: str, run: Path
 
 
 def test_a_checkpoint_of_another_network_is_named(run: Path, tmp_path: Path) -> None:
-    for path in (run / "checkpoints").iterdir():
+    without_sums(run)
+    for path in kept_checkpoints(run):
         checkpoint = torch.load(path, weights_only=True)
         checkpoint["state_dict"] = {"net.conv.weight": torch.zeros(3)}
         torch.save(checkpoint, path)
@@ -226,12 +239,14 @@ class Payload:
 
 
 def evil_checkpoint(run: Path) -> None:
-    for path in (run / "checkpoints").iterdir():
+    without_sums(run)
+    for path in kept_checkpoints(run):
         torch.save({"state_dict": Payload()}, path)
 
 
 def evil_pickle(run: Path) -> None:
-    for path in (run / "checkpoints").iterdir():
+    without_sums(run)
+    for path in kept_checkpoints(run):
         path.write_bytes(pickle.dumps(Payload()))
 
 
@@ -241,12 +256,17 @@ def config_with(**values: str):
         for key, value in values.items():
             OmegaConf.update(config, key.replace("__", "."), value, force_add=True)
         OmegaConf.save(config, run / "config.yaml")
+        without_sums(run)
 
     return write
 
 
 def text(name: str, content: str):
-    return lambda run: (run / name).write_text(content)
+    def write(run: Path) -> None:
+        without_sums(run)
+        (run / name).write_text(content)
+
+    return write
 
 
 @pytest.mark.parametrize(

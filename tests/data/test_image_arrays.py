@@ -124,3 +124,16 @@ def test_digits():
     assert torch.equal(Digits(seed=3).load()[2], x_test)
     data.setup()
     assert (data.input_shape, data.num_classes) == ((1, 32, 32), 10)
+
+
+def test_the_fingerprint_is_of_what_was_loaded():
+    class Other(Small):
+        def load(self):
+            x_train, y_train, x_test, y_test = super().load()
+            y_test[3] += 1
+            return x_train, y_train, x_test, y_test
+
+    made = [Small(), Small(size=8, val_fraction=0.2, seed=3), Other()]
+    for data in made:
+        data.setup()
+    assert made[0].fingerprint == made[1].fingerprint != made[2].fingerprint

@@ -65,3 +65,19 @@ def test_bad_arguments():
         ImageFolder("here", val_fraction=1.5)
     with pytest.raises(ValueError, match="batch sizes"):
         ImageFolder("here", workers=-1)
+
+
+def test_the_fingerprint_is_of_names_and_contents(root, tmp_path_factory):
+    def fingerprint(folder):
+        data = ImageFolder(str(folder), workers=0, size=32)
+        data.setup()
+        return data.fingerprint
+
+    first = fingerprint(root)
+    moved = root.rename(tmp_path_factory.mktemp("moved") / "images")
+    assert fingerprint(moved) == first
+    file = moved / "val" / "dog" / "2.png"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert fingerprint(moved) != first
