@@ -138,11 +138,12 @@ class Sweep:
     def _outcome(self, name: str, job: _Started) -> str:
         """How a job has ended, and where it failed, why."""
         code = job.process.returncode
-        if self.status(name) == "finished":
-            return "finished"
+        status = self.status(name)
+        if status == "finished":
+            return status
         if code > 128 or (code < 0 and self._signal is not None):  # by our signal before it could listen
             return "interrupted"
-        return f"failed: {job.reason()}, see {job.log}"
+        return f"{'diverged' if status == 'diverged' else 'failed'}: {job.reason()}, see {job.log}"
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         for job in self._running.values():
