@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from lowrank_pl.callbacks import LearningCompression
 from lowrank_pl.cli.configs import flat
@@ -24,15 +26,19 @@ def build(config: DictConfig, references: str | Path | None) -> Recipe:
             f"Expected `trainer.devices` to be 1 but got {config.trainer.devices}: the command line trains on one "
             "device. On several, use the callbacks in a Trainer of your own"
         )
-    _check_numbers(config)
     make = partial(instantiate, _convert_="all")
     pl.seed_everything(config.seed, verbose=False)
+    for group in ("decomposition", "rank", "cost", "targets"):  # also where no compression takes them
+        make(config.get(group))
+    make(config.trainer, logger=False, enable_checkpointing=False)
+    compression = make(config.compression) or None
+    for key in ("", "reference.", "finetune."):
+        _try_out(config, key)
     data = make(config.data)
     data.setup()
     net = make(config.model.net, input_shape=data.input_shape, num_classes=data.num_classes)
     if config.model.weights is not None:
         load_weights(net, config.model.weights)
-    compression = make(config.compression) or None
     reference = _training(config.reference) if config.model.weights is None else None
     if reference is not None and not (reference.always or isinstance(compression, (LearningCompression, partial))):
         reference = None
@@ -56,12 +62,21 @@ def build(config: DictConfig, references: str | Path | None) -> Recipe:
     )
 
 
-def _check_numbers(config: DictConfig) -> None:
-    """Of what Lightning takes as it comes, and stumbles over later."""
-    for key in ("seed", "trainer.max_epochs", "trainer.max_steps"):
-        value = OmegaConf.select(config, key)
-        if type(value) is not int and (value is not None or key == "seed"):
-            raise ValueError(f"Expected `{key}` to be a whole number but got {value!r}")
+def _try_out(config: DictConfig, prefix: str) -> None:
+    """Make an optimizer and its schedule for nothing: what is wrong with those of a fine-tuning is known now.
+
+    Raises `ValueError` with the key.
+    """
+    optimizer, parameter = None, nn.Parameter(torch.zeros(2, 2))
+    for key in (f"{prefix}optimizer", f"{prefix}scheduler"):
+        make = instantiate(OmegaConf.select(config, key), _convert_="all")
+        try:
+            if optimizer is None:
+                optimizer = make([parameter]) if make else None
+            elif make:
+                make(optimizer, total_steps=2, steps_per_epoch=1)
+        except Exception as error:
+            raise ValueError(f"`{key}`: {error}") from error
 
 
 def _training(config: DictConfig) -> Training | None:

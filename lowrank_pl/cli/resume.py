@@ -14,6 +14,7 @@ from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.build import build
 from lowrank_pl.cli.changes import show, still_done
 from lowrank_pl.cli.configs import change, read_stored, stored
+from lowrank_pl.cli.schema import check_config
 from lowrank_pl.cli.session import WHILE_BUILDING, WHILE_TRAINING, in_words, session
 from lowrank_pl.runs import Run, execute
 from lowrank_pl.terminal import terminal
@@ -43,6 +44,7 @@ def main() -> None:
             config = read_stored(run.directory / "config.yaml")
             changed = change(config, arguments.values, run.facts["links"])
             check_targets(config, arguments.allow)
+            check_config(config)
             if not changed and run.facts["status"] == "finished":
                 terminal().print(f"Nothing to do: {run.directory} is finished.", highlight=False, soft_wrap=True)
                 return

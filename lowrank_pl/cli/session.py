@@ -16,7 +16,8 @@ from lowrank_pl.runs import Interrupted, Stop
 
 # What a user can mend, and is told in a few lines without a trace: while a run is built, and while it is trained, where
 # other errors are more likely those of a program.
-WHILE_BUILDING = (ValueError, TypeError, OSError, RuntimeError, InstantiationException, OmegaConfBaseException)
+WHILE_BUILDING = (ValueError, TypeError, OSError, RuntimeError, ImportError, InstantiationException,
+                  OmegaConfBaseException)  # fmt: skip
 WHILE_TRAINING = (ValueError, OSError, MisconfigurationException)
 
 
@@ -36,6 +37,10 @@ def session() -> Iterator[Stop]:
 
 
 def in_words(error: BaseException) -> str:
-    """The message; of a configured object that could not be made, its own, with the key."""
-    cause, key = error.__cause__, str(error).rpartition("full_key: ")[2]
-    return f"`{key}`: {cause}" if isinstance(error, InstantiationException) and cause is not None else str(error)
+    """The message in one line; of a configured object that could not be made, its own, with the key."""
+    message, key = str(error), getattr(error, "full_key", None)
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        message = f"`{message.rpartition('full_key: ')[2]}`: {error.__cause__}"
+    elif isinstance(error, OmegaConfBaseException) and key:
+        message = f"`{key}`: {error.msg}"
+    return " ".join(message.split())

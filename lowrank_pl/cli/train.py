@@ -17,6 +17,8 @@ from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.build import build
 from lowrank_pl.cli.configs import links, mirrored, resolved, stored
 from lowrank_pl.cli.foreign import check_foreign, options_first, take_options
+from lowrank_pl.cli.mistakes import told
+from lowrank_pl.cli.schema import check_config
 from lowrank_pl.cli.session import WHILE_BUILDING, WHILE_TRAINING, in_words, session
 from lowrank_pl.runs import Run, execute
 
@@ -37,7 +39,8 @@ def main() -> None:
     def train(config: DictConfig) -> None:
         _run(config, allow if checked else None, linked)
 
-    train()
+    with told("lowrank-pl train", [word for word in sys.argv[1:] if not word.startswith("-")]):
+        train()
 
 
 def _run(config: DictConfig, allow: list[str] | None, linked: dict[str, str]) -> None:
@@ -47,6 +50,7 @@ def _run(config: DictConfig, allow: list[str] | None, linked: dict[str, str]) ->
             complete = resolved(config)
             if allow is not None:
                 check_targets(complete, allow)
+            check_config(complete)
             overrides, linked = list(job.overrides.task), {**linked, **links(config)}
             run = Run.start(job.runtime.output_dir, stored(complete), overrides, complete.seed, linked)
         with run.recorded():
