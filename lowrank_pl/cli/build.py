@@ -21,24 +21,15 @@ from lowrank_pl.runs import Recipe, Training
 
 def build(config: DictConfig, references: str | Path | None) -> Recipe:
     """What the configuration describes, ready to run; `references` is where trained references are shared."""
-    if config.trainer.devices != 1 or config.trainer.get("num_nodes", 1) != 1:
-        raise ValueError(
-            f"Expected `trainer.devices` to be 1 but got {config.trainer.devices}: the command line trains on one "
-            "device. On several, use the callbacks in a Trainer of your own"
-        )
+    check_parts(config)
     make = partial(instantiate, _convert_="all")
     pl.seed_everything(config.seed, verbose=False)
-    for group in ("decomposition", "rank", "cost", "targets"):  # also where no compression takes them
-        make(config.get(group))
-    make(config.trainer, logger=False, enable_checkpointing=False)
-    compression = make(config.compression) or None
-    for key in ("", "reference.", "finetune."):
-        _try_out(config, key)
     data = make(config.data)
     data.setup()
     net = make(config.model.net, input_shape=data.input_shape, num_classes=data.num_classes)
     if config.model.weights is not None:
         load_weights(net, config.model.weights)
+    compression = make(config.compression) or None
     reference = _training(config.reference) if config.model.weights is None else None
     if reference is not None and not (reference.always or isinstance(compression, (LearningCompression, partial))):
         reference = None
@@ -62,11 +53,26 @@ def build(config: DictConfig, references: str | Path | None) -> Recipe:
     )
 
 
-def _try_out(config: DictConfig, prefix: str) -> None:
-    """Make an optimizer and its schedule for nothing: what is wrong with those of a fine-tuning is known now.
+def check_parts(config: DictConfig) -> None:
+    """Make, for nothing, all that is cheap to make: what is wrong with it is known before hours of training.
 
-    Raises `ValueError` with the key.
+    Raises what `build` raises.
     """
+    if config.trainer.devices != 1 or config.trainer.get("num_nodes", 1) != 1:
+        raise ValueError(
+            f"Expected `trainer.devices` to be 1 but got {config.trainer.devices}: the command line trains on one "
+            "device. On several, use the callbacks in a Trainer of your own"
+        )
+    make = partial(instantiate, _convert_="all")
+    for group in ("decomposition", "rank", "cost", "targets", "compression", "data"):  # the first four may be unused
+        make(config.get(group))
+    make(config.trainer, logger=False, enable_checkpointing=False)
+    for prefix in ("", "reference.", "finetune."):
+        _try_out(config, prefix)
+
+
+def _try_out(config: DictConfig, prefix: str) -> None:
+    """Make an optimizer and its schedule. Raises `ValueError` with the key."""
     optimizer, parameter = None, nn.Parameter(torch.zeros(2, 2))
     for key in (f"{prefix}optimizer", f"{prefix}scheduler"):
         make = instantiate(OmegaConf.select(config, key), _convert_="all")

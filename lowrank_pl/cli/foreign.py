@@ -39,6 +39,12 @@ def options_first(words: list[str]) -> list[str]:
     return [*options, *overrides]
 
 
+def overrides_of(words: list[str]) -> list[str]:
+    """The overrides of a command line that `options_first` has put in order."""
+    pairs = zip(["", *words], words, strict=False)
+    return [word for before, word in pairs if not word.startswith("-") and before not in _WITH_VALUE]
+
+
 _WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
 
 

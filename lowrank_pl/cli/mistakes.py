@@ -1,7 +1,8 @@
-"""What is wrong with a command line of which Hydra could compose no configuration, in one line that names the key."""
+"""Mistakes on a command line, found before anything runs, and said in one line that names the key."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -11,16 +12,20 @@ from importlib.resources import files
 from typing import Any
 
 from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import _locate
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.utils import get_object
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lowrank_pl.cli.configs import close_to, flat, options, shown
-from lowrank_pl.cli.schema import arguments, nodes
-from lowrank_pl.cli.session import in_words
+from lowrank_pl.cli.allowed import check_targets
+from lowrank_pl.cli.build import check_parts
+from lowrank_pl.cli.configs import close_to, flat, options, resolved, shown
+from lowrank_pl.cli.schema import arguments, check_config, nodes
+from lowrank_pl.cli.session import WHILE_BUILDING, in_words, quiet
 
 
 @contextmanager
@@ -29,9 +34,6 @@ def told(command: str, words: Sequence[str]) -> Iterator[None]:
 
     HYDRA_FULL_ERROR=1, with which Hydra leaves errors alone, shows their trace.
     """
-    for override in _parsed(words):
-        if override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir") and not override.value():
-            sys.exit(f"{command}: Expected `{override.key_or_group}` to be a folder but got {override.input_line!r}")
     if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
         yield
         return
@@ -46,11 +48,54 @@ def told(command: str, words: Sequence[str]) -> Iterator[None]:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
+def check_words(words: Sequence[str], name: str, several: bool = False, allow: Sequence[str] | None = None) -> None:
+    """Compose what a command line asks for and check it, before there is a directory of a run.
+
+    With `several`, the overrides are a grid, of which every value is tried once. `allow` is given where others wrote
+    configs (see `check_targets`). Raises `ValueError` with the key.
+    """
+    quiet()
+    overrides = list(_parsed(words))
+    for override in overrides:
+        if override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir") and not override.value():
+            raise ValueError(f"Expected `{override.key_or_group}` to be a folder but got {override.input_line!r}")
+    jobs = [list(words)]
+    if several:
+        try:
+            jobs = [job for jobs in BasicSweeper.split_arguments(overrides, None) for job in jobs]
+        except HydraException:  # for another sweeper, which has its own ways
+            return
+    seen: set[str] = set()
+    for job in jobs:
+        if not seen.issuperset(job):
+            seen.update(job)
+            _check_job(job, name, allow)
+
+
+def _check_job(words: list[str], name: str, allow: Sequence[str] | None) -> None:
+    try:
+        with initialize_config_module("lowrank_pl.conf", version_base="1.3"):
+            # the folder that `${hydra:runtime.cwd}` will be
+            config = compose(name, [*words, f"hydra.runtime.cwd={json.dumps(os.getcwd())}"], return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        with open_dict(config):
+            del config["hydra"]
+        plain = resolved(config)
+        if allow is not None:
+            check_targets(plain, allow)
+        check_config(plain)
+        check_parts(plain)
+    except (HydraException, *WHILE_BUILDING) as error:
+        raise ValueError(explain(error, words)) from error
+
+
 def explain(error: BaseException, words: Sequence[str]) -> str:
     """The line for an error that came out of composing these overrides."""
     if isinstance(error, OverrideParseException):
         return f"{error.override!r}: expected key=value ({str(error.message).splitlines()[0]})"
     for override in _parsed(words):
+        if override.is_sweep_override():
+            continue
         group, value = override.key_or_group, override.value()
         if not group:
             return f"{override.input_line!r}: expected key=value"
@@ -88,7 +133,7 @@ def _names(words: Sequence[str]) -> tuple[list[str], list[str]]:
             values: Any = OmegaConf.to_container(compose("train", list(words)), resolve=False)
     except (HydraException, OmegaConfBaseException, ValueError):
         return [], []
-    found = [(key, arguments(get_object(node["_target_"]))[0]) for key, node in nodes(values)]
+    found = [(key, arguments(_locate(node["_target_"]))[0]) for key, node in nodes(values)]
     return [key for key, _ in flat(values)], [f"{key}.{name}" for key, names in found for name in names]
 
 
@@ -98,5 +143,4 @@ def _parsed(words: Sequence[str]) -> Iterator[Override]:
             override = OverridesParser.create().parse_override(word)
         except HydraException:
             continue
-        if not override.is_sweep_override():
-            yield override
+        yield override

@@ -11,7 +11,7 @@ from pathlib import Path
 from hydra.errors import HydraException
 
 from lowrank_pl.cli.allowed import check_targets
-from lowrank_pl.cli.build import build
+from lowrank_pl.cli.build import build, check_parts
 from lowrank_pl.cli.changes import show, still_done
 from lowrank_pl.cli.configs import change, read_stored, stored
 from lowrank_pl.cli.schema import check_config
@@ -45,6 +45,7 @@ def main() -> None:
             changed = change(config, arguments.values, run.facts["links"])
             check_targets(config, arguments.allow)
             check_config(config)
+            check_parts(config)
             if not changed and run.facts["status"] == "finished":
                 terminal().print(f"Nothing to do: {run.directory} is finished.", highlight=False, soft_wrap=True)
                 return

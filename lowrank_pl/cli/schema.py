@@ -14,7 +14,7 @@ from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import pytorch_lightning as pl
-from hydra.utils import get_object
+from hydra._internal.utils import _locate
 from omegaconf import DictConfig, OmegaConf
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
@@ -131,7 +131,7 @@ def nodes(values: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 def _check_node(prefix: str, node: dict[str, Any]) -> None:
     target = node["_target_"]
     try:
-        function = get_object(target)
+        function = _locate(target)  # `get_object` without its log
     except Exception as error:
         raise ValueError(f"Expected `{prefix}_target_` to name a class or a function but got {target!r}") from error
     kinds, is_open = arguments(function)
@@ -159,7 +159,7 @@ def arguments(function: Any) -> tuple[dict[str, Any], bool]:
             kinds = {**own, **kinds}
             if not is_open:
                 return kinds, False
-    return kinds, "__init__" in dir(function) and function.__init__ is not object.__init__
+    return kinds, bool(kinds)  # nobody is left who could refuse one
 
 
 def _own_arguments(function: Any) -> tuple[dict[str, Any], bool]:
@@ -167,7 +167,8 @@ def _own_arguments(function: Any) -> tuple[dict[str, Any], bool]:
         hints = get_type_hints(inspect.unwrap(function), include_extras=True)
     except (NameError, TypeError):  # annotations that are for type checkers alone
         hints = {}
-    kinds, is_open = {}, False
+    kinds: dict[str, Any] = {}
+    is_open = False
     for name, parameter in list(inspect.signature(function).parameters.items()):
         hint = hints.get(name, Any)
         if parameter.kind is parameter.VAR_KEYWORD:

@@ -25,8 +25,7 @@ WHILE_TRAINING = (ValueError, OSError, MisconfigurationException)
 def session() -> Iterator[Stop]:
     """Quiet libraries; a signal ends the command at the next step that can be taken up again, with the shell's usual
     exit code for it."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning with a newer PyTorch
+    quiet()
     stop = Stop()
     try:
         yield stop
@@ -36,11 +35,17 @@ def session() -> Iterator[Stop]:
         sys.exit(128 + stop.signal)
 
 
+def quiet() -> None:
+    """Libraries say what matters."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning with a newer PyTorch
+
+
 def in_words(error: BaseException) -> str:
     """The message in one line; of a configured object that could not be made, its own, with the key."""
     message, key = str(error), getattr(error, "full_key", None)
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         message = f"`{message.rpartition('full_key: ')[2]}`: {error.__cause__}"
     elif isinstance(error, OmegaConfBaseException) and key:
-        message = f"`{key}`: {error.msg}"
+        message = f"`{key}`: {message.splitlines()[0]}"
     return " ".join(message.split())

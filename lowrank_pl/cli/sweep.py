@@ -11,6 +11,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from lowrank_pl.cli.mistakes import check_words, explain
 from lowrank_pl.overview import gather, overview_tables
 from lowrank_pl.run_files import key_of
 from lowrank_pl.sweep import Sweep
@@ -62,10 +63,15 @@ def main() -> None:
 
 def expand(grid: list[str], folders: list[str], name: str) -> list[list[str]]:
     """The jobs of a grid, each tried out on the configuration, so that a wrong name ends it before anything is run."""
-    overrides = OverridesParser.create().parse_overrides(grid)
+    try:
+        overrides = OverridesParser.create().parse_overrides(grid)
+    except HydraException as error:
+        raise ValueError(explain(error, grid)) from error
     for override in overrides:
         if override.key_or_group.startswith("hydra"):
             raise ValueError(f"{override.input_line!r}: the sweep places its runs itself; use --dir")
+    if not folders:
+        check_words(grid, name, several=True)
     jobs = [list(job) for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
     search = [f"hydra.searchpath=[{','.join(f'file://{Path(folder).absolute()}' for folder in folders)}]"]
     with initialize_config_module("lowrank_pl.conf", version_base="1.3"):

@@ -16,8 +16,8 @@ from omegaconf import DictConfig
 from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.build import build
 from lowrank_pl.cli.configs import links, mirrored, resolved, stored
-from lowrank_pl.cli.foreign import check_foreign, options_first, take_options
-from lowrank_pl.cli.mistakes import told
+from lowrank_pl.cli.foreign import check_foreign, options_first, overrides_of, take_options
+from lowrank_pl.cli.mistakes import check_words, told
 from lowrank_pl.cli.schema import check_config
 from lowrank_pl.cli.session import WHILE_BUILDING, WHILE_TRAINING, in_words, session
 from lowrank_pl.runs import Run, execute
@@ -34,13 +34,31 @@ def main() -> None:
         except ValueError as error:
             sys.exit(f"lowrank-pl train: {error}")
     sys.argv[1:] = options_first(mirrored(sys.argv[1:], linked))
+    words = overrides_of(sys.argv[1:])
 
     @hydra.main(config_path="pkg://lowrank_pl.conf", config_name="train", version_base="1.3")
     def train(config: DictConfig) -> None:
         _run(config, allow if checked else None, linked)
 
-    with told("lowrank-pl train", [word for word in sys.argv[1:] if not word.startswith("-")]):
+    with told("lowrank-pl train", words):
+        if not _RUNS_NOTHING.intersection(sys.argv) and not any("config" in word for word in sys.argv):
+            check_words(words, "train", several=bool({"-m", "--multirun"}.intersection(sys.argv)))
         train()
+
+
+# Options with which Hydra shows something
+_RUNS_NOTHING = {
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--version",
+    "--cfg",
+    "-c",
+    "--info",
+    "-i",
+    "--shell-completion",
+    "-sc",
+}
 
 
 def _run(config: DictConfig, allow: list[str] | None, linked: dict[str, str]) -> None:
