@@ -36,7 +36,7 @@ class ExtractStructure(pl.Callback):
             try:
                 check_folder(Path(self.dirpath))
             except OSError as error:
-                raise ValueError(f"Expected argument `dirpath` to be a folder to write into ({error})") from error
+                raise OSError(f"Expected argument `dirpath` to be a folder to write into ({error})") from error
         if self.submodule is not None and self.submodule not in dict(pl_module.named_modules()):
             raise ValueError(
                 f"Expected argument `submodule` to name a part of {type(pl_module).__name__} but got "

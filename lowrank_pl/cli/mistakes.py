@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -75,10 +74,10 @@ def check_words(words: Sequence[str], name: str, several: bool = False, allow: S
 def _check_job(words: list[str], name: str, allow: Sequence[str] | None) -> None:
     try:
         with initialize_config_module("lowrank_pl.conf", version_base="1.3"):
-            # the folder that `${hydra:runtime.cwd}` will be
-            config = compose(name, [*words, f"hydra.runtime.cwd={json.dumps(os.getcwd())}"], return_hydra_config=True)
-        HydraConfig.instance().set_config(config)
+            config = compose(name, words, return_hydra_config=True)
         with open_dict(config):
+            config.hydra.runtime.cwd = os.getcwd()  # which paths refer to
+            HydraConfig.instance().set_config(config)
             del config["hydra"]
         plain = resolved(config)
         if allow is not None:

@@ -18,6 +18,7 @@ from hydra._internal.utils import _locate
 from omegaconf import DictConfig, OmegaConf
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
+from torch import nn
 from torch.optim import Optimizer
 
 from lowrank_pl import schedules
@@ -44,8 +45,8 @@ def _limit(value: int) -> int:
 _Flag = bool
 _Count = Annotated[int, Field(ge=0)]
 _Natural = Annotated[int, Field(ge=1)]
-_Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Number = Annotated[float, Field(ge=0)]
+_Positive = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
 _Limit = Annotated[int, AfterValidator(_limit)]
 _Node = dict[str, Any]  # checked by itself
@@ -87,6 +88,7 @@ _STRICTER: dict[Any, dict[str, Any]] = {
         "check_val_every_n_epoch": _Natural | None,
         **dict.fromkeys(("callbacks", "logger", "plugins", "default_root_dir"), _Never),
     },
+    nn.Module: {"dropout": Annotated[float, Field(ge=0, le=1)]},
     Training: {"epochs": _Natural | None, "product_decay": _Number},
     schedules.exponential: {"gamma": _Positive},
     schedules.step_decay: {"gamma": _Positive, "milestones": Annotated[list[_Number], AfterValidator(_growing)]},
@@ -132,8 +134,10 @@ def _check_node(prefix: str, node: dict[str, Any]) -> None:
     target = node["_target_"]
     try:
         function = _locate(target)  # `get_object` without its log
-    except Exception as error:
-        raise ValueError(f"Expected `{prefix}_target_` to name a class or a function but got {target!r}") from error
+    except Exception:  # whatever an import raises
+        function = None
+    if not callable(function):
+        raise ValueError(f"Expected `{prefix}_target_` to name a class or a function but got {target!r}")
     kinds, is_open = arguments(function)
     for kind, stricter in _STRICTER.items():
         if function is kind or (inspect.isclass(kind) and inspect.isclass(function) and issubclass(function, kind)):
@@ -155,7 +159,7 @@ def arguments(function: Any) -> tuple[dict[str, Any], bool]:
     kinds: dict[str, Any] = {}
     for home in function.__mro__[:-1]:
         if "__init__" in vars(home):
-            own, is_open = _own_arguments(home.__init__)
+            own, is_open = _own_arguments(vars(home)["__init__"])
             kinds = {**own, **kinds}
             if not is_open:
                 return kinds, False
@@ -195,7 +199,7 @@ def _check_value(key: str, value: Any, kind: Any) -> None:
     if value == "???":
         raise ValueError(f"Expected `{key}` to have a value: give {key}=...")
     try:
-        adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True, strict=True))
+        adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True, strict=True, allow_inf_nan=False))
     except PydanticUserError:  # not a type of plain values: it says itself what it takes
         return
     try:

@@ -17,7 +17,8 @@ def lines() -> Iterator[tuple[list[str], str, bool]]:
     for case in CASES["values"]:
         for value in case["values"]:
             word = str(value).lower() if isinstance(value, bool) else str(value)
-            yield ["train", *case.get("with", "").split(), f"{case['key']}={word}"], case["key"].lstrip("+"), "late" in case
+            words = ["train", *case.get("with", "").split(), f"{case['key']}={word}"]
+            yield words, case["key"].lstrip("+"), "late" in case
     for case in CASES["lines"]:
         if find_spec(case.get("absent", "none")) is None:
             yield shlex.split(case["line"]), case["says"], False
