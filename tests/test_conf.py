@@ -11,6 +11,7 @@ from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lowrank_pl.cli.allowed import check_targets
+from lowrank_pl.cli.configs import resolved
 from lowrank_pl.cli.schema import check_config
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -35,7 +36,7 @@ def test_every_option_composes_and_names_real_arguments(option: str) -> None:
     check_targets(config)  # a run with it can be resumed
     name = option.partition("=")[2]
     if option.partition("=")[0] != "logger" or name == "csv" or find_spec(name):
-        check_config(config)
+        check_config(resolved(config))
     for node in nodes(config):
         target = str(node["_target_"])
         function = get_class(target) if target.rsplit(".", 1)[1][0].isupper() else get_method(target)
@@ -84,4 +85,4 @@ def test_every_cell_of_an_experiment_composes(cells: Path) -> None:
         command = f"{spec['command']} {overrides}".format(data="/data", weights="/weights", runs="/runs")
         config = composed(*command.split())
         assert config.seed in (0, 1, 2)
-        check_config(config)
+        check_config(resolved(config))

@@ -25,8 +25,8 @@ RIGHT = [
     "compression=direct rank=greedy_energy rank.ratio=0.5",
     "model=vgg16 data=cifar10 decomposition=tucker2 rank=rank_fraction rank.R_c=0.5 compression.S_D=300",
     "compression=none reference=none model.weights=somewhere.safetensors",
-    "compression.method={'*conv1':svd,'*':tucker2} compression.rank={'*':{_target_:lowrank_pl.FixedRank,r:2}}",
-    "compression=lc compression.most={'*':8} compression.lambda_=1 compression.l_step_epochs=null "
+    "compression.method={conv1:svd,fc1:tucker2} compression.rank={fc1:{_target_:lowrank_pl.FixedRank,r:2}}",
+    "compression=lc compression.most={conv1:8} compression.lambda_=1 compression.l_step_epochs=null "
     "compression.l_step_steps=10",
     "trainer.max_epochs=-1 trainer.max_steps=30 scheduler=constant trainer.gradient_clip_val=1",
     "trainer.max_epochs=null trainer.max_steps=30 +trainer.limit_train_batches=0.5 +trainer.limit_val_batches=2",
