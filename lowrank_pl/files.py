@@ -5,6 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryFile
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `OSError` where no file could be written into a folder, which need not be there yet."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    with TemporaryFile(dir=there):
+        pass
 
 
 def write_files(contents: dict[Path, bytes]) -> None:

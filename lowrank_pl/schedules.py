@@ -32,7 +32,7 @@ def step_decay(
 ) -> LRScheduler:
     """Times `gamma` at each of the `milestones`, which are epochs."""
     if list(milestones) != sorted(milestones) or min(milestones, default=0) < 0:
-        raise ValueError(f"`milestones` must be epochs that grow, got {list(milestones)}")
+        raise ValueError(f"Expected argument `milestones` to be epochs that grow but got {list(milestones)}")
     steps = [round(epoch * steps_per_epoch) for epoch in milestones]
     return _times(optimizer, lambda step: gamma ** sum(step >= milestone for milestone in steps))
 

@@ -1,6 +1,7 @@
 """Every configuration composes, and what it names exists."""
 
 import inspect
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lowrank_pl.cli.allowed import check_targets
+from lowrank_pl.cli.configs import resolved
+from lowrank_pl.cli.schema import check_config
 
 CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*/cells.yaml"))
@@ -31,6 +34,9 @@ def test_every_option_composes_and_names_real_arguments(option: str) -> None:
     extra += ["logger.tracking_uri=x"] if option == "logger=mlflow" else []
     config = composed(option, *extra)
     check_targets(config)  # a run with it can be resumed
+    name = option.partition("=")[2]
+    if option.partition("=")[0] != "logger" or name == "csv" or find_spec(name):
+        check_config(resolved(config))
     for node in nodes(config):
         target = str(node["_target_"])
         function = get_class(target) if target.rsplit(".", 1)[1][0].isupper() else get_method(target)
@@ -79,3 +85,4 @@ def test_every_cell_of_an_experiment_composes(cells: Path) -> None:
         command = f"{spec['command']} {overrides}".format(data="/data", weights="/weights", runs="/runs")
         config = composed(*command.split())
         assert config.seed in (0, 1, 2)
+        check_config(resolved(config))

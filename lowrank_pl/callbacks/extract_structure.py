@@ -9,6 +9,7 @@ from torch import nn
 
 from lowrank_pl.callbacks.compression_callback import CompressionCallback
 from lowrank_pl.extraction import extract, extracted_part
+from lowrank_pl.files import check_folder
 from lowrank_pl.report import Report, summarize, summarize_layers
 from lowrank_pl.storage import save_compressed
 from lowrank_pl.surgery import Trace, detached_copy
@@ -31,6 +32,11 @@ class ExtractStructure(pl.Callback):
         self._method(trainer)
         if self.dirpath is not None and Path(self.dirpath).is_file():
             raise ValueError(f"Expected argument `dirpath` to be a folder but {self.dirpath} is a file")
+        if self.dirpath is not None and trainer.is_global_zero:
+            try:
+                check_folder(Path(self.dirpath))
+            except OSError as error:
+                raise OSError(f"Expected argument `dirpath` to be a folder to write into ({error})") from error
         if self.submodule is not None and self.submodule not in dict(pl_module.named_modules()):
             raise ValueError(
                 f"Expected argument `submodule` to name a part of {type(pl_module).__name__} but got "

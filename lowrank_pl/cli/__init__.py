@@ -36,4 +36,8 @@ def main() -> None:
     if command not in _COMMANDS:
         sys.exit(f"lowrank-pl: unknown command {command!r}; expected one of {', '.join(_COMMANDS)}")
     sys.argv = [f"lowrank-pl {command}", *rest]
-    import_module(f"lowrank_pl.cli.{command}").main()
+    try:
+        import_module(f"lowrank_pl.cli.{command}").main()
+    except KeyboardInterrupt:  # during startup; a run that has begun says how to go on with it
+        sys.stderr.write("Interrupted.\n")
+        sys.exit(130)

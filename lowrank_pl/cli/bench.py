@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from lowrank_pl import benchmarks
+from lowrank_pl.files import check_folder
 from lowrank_pl.terminal import terminal
 
 
@@ -20,6 +21,13 @@ def main() -> None:
     unknown = set(arguments.names) - set(benchmarks.ALL)
     if unknown or arguments.repeats < 1:
         parser.error(f"expected names from {', '.join(benchmarks.ALL)} and at least one repeat")
+    if arguments.json:
+        try:  # before anything is measured
+            check_folder(arguments.json.parent)
+            if arguments.json.is_dir():
+                raise IsADirectoryError(f"{arguments.json} is a folder")
+        except OSError as error:
+            parser.error(f"expected --json to be a file that can be written ({error})")
     results = benchmarks.run(arguments.names or list(benchmarks.ALL), arguments.repeats)
     terminal().print(benchmarks.table(results))
     if arguments.json:

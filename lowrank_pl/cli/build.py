@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from lowrank_pl.callbacks import LearningCompression
 from lowrank_pl.cli.configs import flat
@@ -19,12 +21,7 @@ from lowrank_pl.runs import Recipe, Training
 
 def build(config: DictConfig, references: str | Path | None) -> Recipe:
     """What the configuration describes, ready to run; `references` is where trained references are shared."""
-    if config.trainer.devices != 1 or config.trainer.get("num_nodes", 1) != 1:
-        raise ValueError(
-            f"Expected `trainer.devices` to be 1 but got {config.trainer.devices}: the command line trains on one "
-            "device. On several, use the callbacks in a Trainer of your own"
-        )
-    _check_numbers(config)
+    check_parts(config)
     make = partial(instantiate, _convert_="all")
     pl.seed_everything(config.seed, verbose=False)
     data = make(config.data)
@@ -56,12 +53,36 @@ def build(config: DictConfig, references: str | Path | None) -> Recipe:
     )
 
 
-def _check_numbers(config: DictConfig) -> None:
-    """Of what Lightning takes as it comes, and stumbles over later."""
-    for key in ("seed", "trainer.max_epochs", "trainer.max_steps"):
-        value = OmegaConf.select(config, key)
-        if type(value) is not int and (value is not None or key == "seed"):
-            raise ValueError(f"Expected `{key}` to be a whole number but got {value!r}")
+def check_parts(config: DictConfig) -> None:
+    """Make, for nothing, all that is cheap to make: what is wrong with it is known before hours of training.
+
+    Raises what `build` raises.
+    """
+    if config.trainer.devices != 1 or config.trainer.get("num_nodes", 1) != 1:
+        raise ValueError(
+            f"Expected `trainer.devices` to be 1 but got {config.trainer.devices}: the command line trains on one "
+            "device. On several, use the callbacks in a Trainer of your own"
+        )
+    make = partial(instantiate, _convert_="all")
+    for group in ("decomposition", "rank", "cost", "targets", "compression", "data"):  # the first four may be unused
+        make(config.get(group))
+    make(config.trainer, logger=False, enable_checkpointing=False)
+    for prefix in ("", "reference.", "finetune."):
+        _try_out(config, prefix)
+
+
+def _try_out(config: DictConfig, prefix: str) -> None:
+    """Make an optimizer and its schedule. Raises `ValueError` with the key."""
+    optimizer, parameter = None, nn.Parameter(torch.zeros(2, 2))
+    for key in (f"{prefix}optimizer", f"{prefix}scheduler"):
+        make = instantiate(OmegaConf.select(config, key), _convert_="all")
+        try:
+            if optimizer is None:
+                optimizer = make([parameter]) if make else None
+            elif make:
+                make(optimizer, total_steps=2, steps_per_epoch=1)
+        except Exception as error:
+            raise ValueError(f"`{key}`: {error}") from error
 
 
 def _training(config: DictConfig) -> Training | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,25 @@ def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix[:-1], values
 
 
+def close_to(key: str, names: Iterable[str]) -> str:
+    """Up to three of the names that may have been meant, as the end of a message."""
+    close = difflib.get_close_matches(key, list(names), 3, 0.6)
+    return f"; close: {', '.join(close)}" if close else ""
+
+
+def shown(value: Any) -> str:
+    """A value as it would be written on a command line."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+def options(group: str) -> list[str]:
+    """The options that the package has for a group of its configuration; none where there is no such group."""
+    folder = files("lowrank_pl.conf") / group
+    if not group or not folder.is_dir():
+        return []
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
 def _check(config: DictConfig, override: Override) -> None:
     key, word = override.key_or_group, override.input_line
     if override.is_delete() or override.is_sweep_override() or override.package is not None:
@@ -117,7 +138,6 @@ def _check(config: DictConfig, override: Override) -> None:
         )
     if not known and not override.is_add():
         names = [name for name, _ in flat(OmegaConf.to_container(config))]
-        close = difflib.get_close_matches(key, names, 3, 0.5)
-        raise ValueError(
-            f"{word!r}: the run's config has no `{key}`" + (f"; close: {', '.join(close)}" if close else "")
-        )
+        raise ValueError(f"{word!r}: the run's config has no `{key}`{close_to(key, names)}")
+    if any(isinstance(value, str) and "${" in value for _, value in flat(override.value())):
+        raise ValueError(f"{word!r}: expected `{key}` to be a plain value; a stored run's config refers to nothing")

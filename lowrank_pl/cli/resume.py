@@ -11,10 +11,11 @@ from pathlib import Path
 from hydra.errors import HydraException
 
 from lowrank_pl.cli.allowed import check_targets
-from lowrank_pl.cli.build import build
+from lowrank_pl.cli.build import build, check_parts
 from lowrank_pl.cli.changes import given, is_at_its_end, show, still_done
 from lowrank_pl.cli.configs import change, read_stored, stored
 from lowrank_pl.cli.places import check_places
+from lowrank_pl.cli.schema import check_config
 from lowrank_pl.cli.session import WHILE_BUILDING, WHILE_TRAINING, in_words, session
 from lowrank_pl.data.downloads import no_downloads
 from lowrank_pl.runs import Run, execute
@@ -46,8 +47,10 @@ def main() -> None:
             config = read_stored(run.directory / "config.yaml")
             changed = change(config, arguments.values, run.facts["links"])
             check_targets(config, arguments.allow)
+            check_config(config)
             if not run.is_own:
                 check_places(config, run.directory, given(arguments.values, run.facts["links"]))
+            check_parts(config)
             if not changed and is_at_its_end(run, arguments.force):
                 say(f"Nothing to do: {run.directory} is finished.")
                 return

@@ -16,7 +16,8 @@ from lowrank_pl.runs import Diverged, Interrupted, Stop
 
 # What a user can mend, and is told in a few lines without a trace: while a run is built, and while it is trained, where
 # other errors are more likely those of a program.
-WHILE_BUILDING = (ValueError, TypeError, OSError, RuntimeError, InstantiationException, OmegaConfBaseException)
+WHILE_BUILDING = (ValueError, TypeError, OSError, RuntimeError, ImportError, InstantiationException,
+                  OmegaConfBaseException)  # fmt: skip
 WHILE_TRAINING = (ValueError, OSError, MisconfigurationException)
 
 
@@ -24,8 +25,7 @@ WHILE_TRAINING = (ValueError, OSError, MisconfigurationException)
 def session() -> Iterator[Stop]:
     """Quiet libraries; a signal ends the command at the next step that can be taken up again, with the shell's usual
     exit code for it. A training that diverges ends it with 3."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning with a newer PyTorch
+    quiet()
     stop = Stop()
     try:
         yield stop
@@ -38,7 +38,17 @@ def session() -> Iterator[Stop]:
         sys.exit(3)
 
 
+def quiet() -> None:
+    """Libraries say what matters."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning with a newer PyTorch
+
+
 def in_words(error: BaseException) -> str:
-    """The message; of a configured object that could not be made, its own, with the key."""
-    cause, key = error.__cause__, str(error).rpartition("full_key: ")[2]
-    return f"`{key}`: {cause}" if isinstance(error, InstantiationException) and cause is not None else str(error)
+    """The message in one line; of a configured object that could not be made, its own, with the key."""
+    message, key = str(error), getattr(error, "full_key", None)
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        message = f"`{message.rpartition('full_key: ')[2]}`: {error.__cause__}"
+    elif isinstance(error, OmegaConfBaseException) and key:
+        message = f"`{key}`: {message.splitlines()[0]}"
+    return " ".join(message.split())

@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 
 from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.foreign import check_foreign, check_overrides, composed, parsed, searching
+from lowrank_pl.cli.mistakes import check_words, explain
 from lowrank_pl.overview import gather, overview_tables
 from lowrank_pl.run_files import key_of
 from lowrank_pl.sweep import Sweep
@@ -69,15 +70,17 @@ def expand(grid: list[str], name: str, allow: list[str] | None) -> list[list[str
 
     Where configs may be from elsewhere, `allow` is what they may call besides the list.
     """
-    overrides = parsed(grid)
+    try:
+        overrides = parsed(grid)
+    except HydraException as error:
+        raise ValueError(explain(error, grid)) from error
     for override in overrides:
         if override.key_or_group.startswith("hydra"):
             raise ValueError(f"{override.input_line!r}: the sweep places its runs itself; use --dir")
     jobs = [list(job) for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
-    for job in jobs:
-        composed(name, job)
-        if allow is not None:
-            check_foreign(name, job, allow)
+    for job in jobs if allow is not None else ():
+        check_foreign(name, job, allow or ())
+    check_words(grid, name, several=True, allow=allow)
     return jobs
 
 

@@ -17,6 +17,8 @@ from omegaconf import DictConfig
 from lowrank_pl.cli.build import build
 from lowrank_pl.cli.configs import links, mirrored, resolved, stored
 from lowrank_pl.cli.foreign import check_foreign, check_search_path, searching, stored_links
+from lowrank_pl.cli.mistakes import check_words, told
+from lowrank_pl.cli.schema import check_config
 from lowrank_pl.cli.session import WHILE_BUILDING, WHILE_TRAINING, in_words, session
 from lowrank_pl.runs import Run, execute
 
@@ -24,6 +26,7 @@ from lowrank_pl.runs import Run, execute
 _FLAGS = (("--help", "-h"), ("--hydra-help",), ("--version",), ("--resolve",), ("--run", "-r"), ("--multirun", "-m"),
           ("--shell-completion", "-sc"))  # fmt: skip
 _VALUES = (("--cfg", "-c"), ("--package", "-p"))
+_SHOWS = ("help", "hydra_help", "version", "shell_completion", "cfg", "info")  # without running anything
 # One finds configs past our check, the other one opens a pickle.
 _REFUSED = (("--config-path", "-cp"), ("--experimental-rerun",))
 
@@ -40,6 +43,9 @@ def main() -> None:
         with searching(folders, given.trust):
             if folders and not given.trust:
                 check_foreign(given.config_name, words, given.allow)
+            if not any(vars(given)[name] for name in _SHOWS):
+                allow = given.allow if folders and not given.trust else None
+                check_words(words, given.config_name, given.multirun, allow)
     except (ValueError, OSError, HydraException) as error:
         sys.exit(f"lowrank-pl train: {error}")
     sys.argv[1:] = [*_passed_on(given), f"--config-name={given.config_name}", *words]
@@ -48,7 +54,7 @@ def main() -> None:
     def train(config: DictConfig) -> None:
         _run(config, linked)
 
-    with searching(folders, given.trust):
+    with searching(folders, given.trust), told("lowrank-pl train", words):
         train()
 
 
@@ -85,6 +91,7 @@ def _run(config: DictConfig, linked: dict[str, str]) -> None:
     with session() as stop:
         with _in_a_line(*WHILE_BUILDING):
             complete = resolved(config)
+            check_config(complete)
             overrides, linked = list(job.overrides.task), {**linked, **links(config)}
             run = Run.start(job.runtime.output_dir, stored(complete), overrides, complete.seed, linked)
         with run.recorded():

@@ -1,6 +1,7 @@
 """The data module of images that fit into memory."""
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lowrank_pl.checks import check_int, check_number
 from lowrank_pl.data.image_set import ImageSet, as_images, channel_statistics, mean_image
 from lowrank_pl.data.loader import ResumableLoader
 from lowrank_pl.data.sampler import EpochSampler
@@ -45,12 +47,13 @@ class ImageArrays(LightningDataModule, ABC):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or eval_batch_size < 1:
-            raise ValueError(f"batch sizes must be 1 or more, got {batch_size} and {eval_batch_size}")
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"`val_fraction` must be in [0, 1), got {val_fraction}")
-        if size is not None and size < 1:
-            raise ValueError(f"`size` must be 1 or more, or null for the size of the images, got {size}")
+        check_int("batch_size", batch_size, 1, "number of images")
+        check_int("eval_batch_size", eval_batch_size, 1, "number of images")
+        check_number("val_fraction", val_fraction, lambda x: 0 <= x < 1, "a share in [0, 1)")
+        if size is not None:
+            check_int("size", size, 1, "number of pixels")
+        for each in std or ():
+            check_number("std", each, lambda x: 0 < x < math.inf, "numbers above 0")
         if (mean is None) != (std is None) or (mean is not None and subtract_mean_image):
             raise ValueError(
                 "give `mean` and `std`, or neither, and no `mean` beside `subtract_mean_image`; got "

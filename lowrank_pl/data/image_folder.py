@@ -1,6 +1,7 @@
 """The data module of images in folders, as ImageNet has them."""
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets, transforms
 
+from lowrank_pl.checks import check_int, check_number
 from lowrank_pl.data.loader import ResumableLoader
 from lowrank_pl.data.sampler import ImageSampler
 
@@ -38,13 +40,13 @@ class ImageFolder(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"`val_fraction` must be in [0, 1), got {val_fraction}")
-        if min(batch_size, eval_batch_size, size) < 1 or workers < 0:
-            raise ValueError(
-                "batch sizes and `size` must be 1 or more, `workers` 0 or more; got "
-                f"{batch_size}, {eval_batch_size}, {size} and {workers}"
-            )
+        check_int("batch_size", batch_size, 1, "number of images")
+        check_int("eval_batch_size", eval_batch_size, 1, "number of images")
+        check_int("workers", workers, 0, "number of processes")
+        check_int("size", size, 1, "number of pixels")
+        check_number("val_fraction", val_fraction, lambda x: 0 <= x < 1, "a share in [0, 1)")
+        for each in std:
+            check_number("std", each, lambda x: 0 < x < math.inf, "numbers above 0")
         self.root, self.batch_size, self.eval_batch_size = root, batch_size, eval_batch_size
         self.workers, self.size, self.val_fraction, self.seed = workers, size, val_fraction, seed
         self.augment, self.mean, self.std = augment, list(mean), list(std)

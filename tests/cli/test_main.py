@@ -102,8 +102,11 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
         (["train", "compression.S_D=0"], "S_D"),
         (["train", "data=arrays", "data.file=nothing.npz"], "nothing.npz"),
         (["train", "trainer.devices=2"], "trainer.devices"),
-        (["train", "trainer.max_epochs=two"], "Expected `trainer.max_epochs` to be a whole number but got 'two'"),
-        (["train", "rank.x=0"], "`compression.rank`: Expected argument `x`"),
+        (
+            ["train", "trainer.max_epochs=two"],
+            "Expected `trainer.max_epochs` to be a whole number or null but got 'two'",
+        ),
+        (["train", "rank.x=0"], "`rank`: Expected argument `x`"),
         (["train", "model.weights=missing.safetensors"], "missing.safetensors: set `model.weights`"),
         (["bench", "nothing"], "projection_vgg16"),
     ],

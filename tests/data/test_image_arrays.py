@@ -94,9 +94,11 @@ def test_loaders_leave_the_global_random_state_alone():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch sizes must be 1 or more, got 0"),
-        ({"val_fraction": 1.0}, r"must be in \[0, 1\), got 1.0"),
-        ({"size": 0}, "`size` must be 1 or more"),
+        ({"batch_size": 0}, "`batch_size` to be a number of images of at least 1 but got 0"),
+        ({"eval_batch_size": 1.5}, "`eval_batch_size` to be a number of images of at least 1 but got 1.5"),
+        ({"val_fraction": 1.0}, r"`val_fraction` to be a share in \[0, 1\) but got 1.0"),
+        ({"size": 0}, "`size` to be a number of pixels of at least 1 but got 0"),
+        ({"mean": [0.5], "std": [0.0]}, "`std` to be numbers above 0 but got 0.0"),
         ({"mean": [0.5]}, "give `mean` and `std`, or neither"),
         ({"mean": [0.5], "std": [0.5], "subtract_mean_image": True}, "no `mean` beside"),
     ],

@@ -63,7 +63,7 @@ def test_bad_folders(root):
 def test_bad_arguments():
     with pytest.raises(ValueError, match="`val_fraction`"):
         ImageFolder("here", val_fraction=1.5)
-    with pytest.raises(ValueError, match="batch sizes"):
+    with pytest.raises(ValueError, match="`workers`"):
         ImageFolder("here", workers=-1)
 
 
