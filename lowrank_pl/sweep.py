@@ -68,7 +68,10 @@ class Sweep:
         """`finished`, `running` (in some process), `missing` (never begun), or how the run was left: `interrupted`,
         `stopped` (killed) or `failed`."""
         directory = self.directory / name
-        facts = read_facts(directory)
+        try:
+            facts = read_facts(directory)
+        except ValueError:  # damaged; `resume` says so
+            return "failed"
         if is_running(directory):
             return "running"
         if facts is None:  # a job that was begun has at least a log
@@ -102,7 +105,10 @@ class Sweep:
             while waiting and len(self._running) < at_once and self._signal is None:
                 name = waiting.pop(0)
                 say(f"{self.title(name)}: {'resumes' if self._is_begun(name) else 'starts'}")
-                self._running[name] = self._start(name, options, threads)
+                try:
+                    self._running[name] = self._start(name, options, threads)
+                except (ValueError, OSError) as error:  # the others go on
+                    say(f"{self.title(name)}: failed: {error}")
             for name, job in list(self._running.items()):
                 if job.process.poll() is not None:
                     del self._running[name]

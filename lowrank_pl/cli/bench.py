@@ -13,7 +13,7 @@ from lowrank_pl.terminal import terminal
 
 def main() -> None:
     """Run the benchmarks and print their table; `--json FILE` also writes the numbers."""
-    parser = argparse.ArgumentParser(prog=sys.argv[0], description=main.__doc__)
+    parser = argparse.ArgumentParser(prog=sys.argv[0], description=main.__doc__, allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of: {', '.join(benchmarks.ALL)} (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="side-by-side repeats, of which the median counts")
     parser.add_argument("--json", type=Path, help="a file to write the numbers to")

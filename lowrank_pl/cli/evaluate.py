@@ -26,7 +26,10 @@ not agree with the compressed one, or any gives NaN. The numbers are also in RUN
 def main() -> None:
     """Load every form, test it, and print and write what came out."""
     parser = argparse.ArgumentParser(
-        prog=sys.argv[0], description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=sys.argv[0],
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="the directory of a finished run")
     parser.add_argument("--allow", metavar="NAME", action="append", default=[], help="as for `lowrank-pl resume`")

@@ -21,7 +21,10 @@ safetensors is weights and structure, for lowrank_pl.load_compressed.
 def main() -> None:
     """Load the run's network and write it."""
     parser = argparse.ArgumentParser(
-        prog=sys.argv[0], description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=sys.argv[0],
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="the directory of a finished run")
     parser.add_argument("--to", choices=[*SUFFIXES, "safetensors"], required=True, help="the format")

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from lowrank_pl.checksums import is_signed, signature
 from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.configs import read_stored
+from lowrank_pl.cli.schema import check_config
 from lowrank_pl.files import write_files
 from lowrank_pl.models import load_weights
 from lowrank_pl.reading import read_bytes
 from lowrank_pl.run_files import check_links, read_facts
-from lowrank_pl.runs import check_config, stages_again
+from lowrank_pl.runs import check_stored, stages_again
 from lowrank_pl.storage import load_compressed
 
 
@@ -44,12 +45,13 @@ class Finished:
         facts = read_facts(path)
         if facts is None or facts["status"] != "finished":
             raise ValueError(f"{path} is not finished: `lowrank-pl resume` goes on with it")
-        check_config(path, facts)
+        check_stored(path, facts)
         again, reason = stages_again(path, facts["done"])
         if again:
             raise ValueError(f"{reason}: `lowrank-pl resume` makes it anew")
         config = read_stored(path / "config.yaml")
         check_targets(config, allow)
+        check_config(config)
         make = partial(instantiate, _convert_="all")
         data = make(config.data)
         data.setup()
@@ -63,12 +65,12 @@ class Finished:
         return cls(path, data, dense, compressed, memory)
 
     def images(self, size: int) -> Tensor:
-        """The first test images [size, C, H, W]."""
-        batches, found = iter(self.data.test_dataloader()), 0
-        images = []
-        while found < size:
-            images.append(next(batches)[0])
-            found += len(images[-1])
+        """The first test images [size, C, H, W]; all of them where there are fewer."""
+        images: list[Tensor] = []
+        for batch in self.data.test_dataloader():
+            images.append(batch[0])
+            if sum(map(len, images)) >= size:
+                break
         return torch.cat(images)[:size]
 
 

@@ -32,7 +32,10 @@ written into run.json. With them a finished run is trained on.
 def main() -> None:
     """Read the run's config and newest checkpoint, and end as `train` does."""
     parser = argparse.ArgumentParser(
-        prog=sys.argv[0], description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=sys.argv[0],
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="the directory of a run")
     parser.add_argument("values", metavar="VALUES", nargs="*", help="overrides key=value")

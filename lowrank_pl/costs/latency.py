@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from lowrank_pl.checks import check_int
+from lowrank_pl.checks import check_int, check_number
 from lowrank_pl.costs.base import StructureCost
 from lowrank_pl.decompositions import Decomposition
 from lowrank_pl.files import write_files
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import build
+from lowrank_pl.reading import read_json
 from lowrank_pl.structures import Rank
 from lowrank_pl.timing import median_ms
 
@@ -84,8 +85,11 @@ class Latency(StructureCost):
         if not path.is_file():
             return {}
         try:
-            stored = json.loads(path.read_text())
+            stored = read_json(path)
             conditions, times = dict(stored["conditions"]), dict(stored["nanoseconds"])
+            for key, found in times.items():
+                for time in found:
+                    check_number(key, time, lambda x: 0 <= x < float("inf"), "nanoseconds")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"Expected {path} to be a latency cache but it is not: remove it") from error
         if conditions != self.conditions():

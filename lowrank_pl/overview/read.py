@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lowrank_pl.checksums import check_sum
 from lowrank_pl.curves import read_curves
 from lowrank_pl.overview.describe import group_of, method_of, shortened
 from lowrank_pl.overview.entry import Entry
@@ -103,6 +104,7 @@ def _read_report(entry: Entry, doubt: Callable[[str], None], briefly: bool) -> N
     if not os.path.lexists(file):
         return
     values = _Values("", read_json(file, 2 * MEGABYTE), doubt)
+    check_sum(file)
     for network in ("dense", "compressed"):
         own = values.part(network)
         times = own.part("latency_ms")

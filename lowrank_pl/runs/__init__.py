@@ -1,6 +1,6 @@
 """Runs: their directories, what happens in them, and how they are taken up again."""
 
-from lowrank_pl.runs.directory import Run, check_config
+from lowrank_pl.runs.directory import Run, check_stored
 from lowrank_pl.runs.diverging import Diverged
 from lowrank_pl.runs.execute import execute
 from lowrank_pl.runs.recipe import Recipe, Training
@@ -15,7 +15,7 @@ __all__ = [
     "Run",
     "Stop",
     "Training",
-    "check_config",
+    "check_stored",
     "checkpoints",
     "execute",
     "stages_again",

@@ -82,7 +82,7 @@ class Run:
         run.facts = read_facts(path, force) or {"status": "running", "links": {}, "done": []}
         run._settle()
         remove_leftovers(path)
-        check_config(path, run.facts, force)
+        check_stored(path, run.facts, force)
         return run
 
     @property
@@ -166,7 +166,7 @@ class Run:
         self.record(done=[*self.facts["done"], stage])
 
 
-def check_config(directory: Path, facts: dict[str, Any], force: bool = False) -> None:
+def check_stored(directory: Path, facts: dict[str, Any], force: bool = False) -> None:
     """Raise `ValueError` for a `config.yaml` that is not the one `run.json` tells of; with `force`, take it as it is.
     Runs of versions up to 0.2 do not say."""
     file, known = directory / "config.yaml", facts.get("config")
