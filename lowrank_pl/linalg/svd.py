@@ -139,8 +139,10 @@ def _gram_eigh(matrix: Tensor, vectors: bool = True) -> tuple[Tensor, Tensor]:
 
 
 def _left_gram_system(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Squared singular values `[..., min(m, n)]` and `rank` left singular vectors `[..., m, rank]` of `[..., m, n]`, from
-    the Gram matrix of the shorter side. Vectors beyond n are orthonormal and otherwise arbitrary."""
+    """Squared singular values `[..., min(m, n)]` and `rank` left singular vectors `[..., m, rank]` of `[..., m, n]`.
+
+    From the Gram matrix of the shorter side. Vectors beyond n are orthonormal and otherwise arbitrary.
+    """
     if matrix.shape[-2] <= matrix.shape[-1]:
         energies, left = _gram_eigh(matrix)
         return energies, left[..., :rank]

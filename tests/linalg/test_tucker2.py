@@ -124,8 +124,8 @@ def test_every_iteration_keeps_more(dtype):
 
 @pytest.mark.parametrize("shape", [(120, 24, 1), (24, 120, 1), (10, 90, 2), (90, 10, 2)], ids=str)
 def test_long_kernels_as_in_float64(shape):
-    """Expanding and narrowing `1 x 1` convolutions, of which the long unfolding has a short side; singular values apart,
-    so that the optimum is one."""
+    """Expanding and narrowing `1 x 1` convolutions, whose long unfolding has a short side; one optimum, since singular
+    values are well apart."""
     rows, columns, area = shape
     left, right = (torch.linalg.qr(random_kernel((n, 10, 1), n).squeeze(2))[0] for n in (rows, columns * area))
     kernel = (left * 0.7 ** torch.arange(10)) @ right.T
