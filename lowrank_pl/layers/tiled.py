@@ -116,14 +116,17 @@ class TiledLayer(nn.Module):
     def _forward_dense(self, x: Tensor) -> Tensor:
         if self.spec.kind == "linear":
             return F.linear(x, self._weight(), self.bias)
+        y: Tensor
         spec, axes = self.spec, len(self.spec.kernel)
         if spec.kind == "conv_transpose":
             amounts: Any = (spec.stride, spec.padding, spec.output_padding, spec.groups, spec.dilation)
-            return _TRANSPOSED[axes](x, self._weight(), self.bias, *amounts)
+            y = _TRANSPOSED[axes](x, self._weight(), self.bias, *amounts)
+            return y
         padding: Any = spec.padding
         if spec.padding_mode != "zeros":
             x, padding = self._pad(x), 0
-        return _CONVS[axes](x, self._weight(), self.bias, spec.stride, padding, spec.dilation, spec.groups)
+        y = _CONVS[axes](x, self._weight(), self.bias, spec.stride, padding, spec.dilation, spec.groups)
+        return y
 
     def _weight(self) -> Tensor:
         factors = [factor for _, _, left, right in self._grids() for factor in (left, right)]
@@ -184,9 +187,11 @@ class TiledLayer(nn.Module):
         y = columns.new_zeros(*patches.shape[:2], *(n + 2 * p for n, p in zip(size, margins, strict=True)))
         axes = list(zip(spec.dilation, spec.stride, places, strict=True))
         for i, position in enumerate(product(*map(range, spec.kernel))):
-            steps = [slice(d * k, d * k + s * (n - 1) + 1, s) for k, (d, s, n) in zip(position, axes, strict=True)]
-            y[(..., *steps)] += patches[:, :, i]
-        return y[(..., *(slice(p, p + n) for p, n in zip(margins, size, strict=True)))]
+            steps = (slice(d * k, d * k + s * (n - 1) + 1, s) for k, (d, s, n) in zip(position, axes, strict=True))
+            reached: tuple[Any, ...] = (..., *steps)
+            y[reached] += patches[:, :, i]
+        inside: tuple[Any, ...] = (..., *(slice(p, p + n) for p, n in zip(margins, size, strict=True)))
+        return y[inside]
 
     def _pad(self, x: Tensor) -> Tensor:
         spec = self.spec
