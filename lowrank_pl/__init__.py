@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers; below the same by name
     from lowrank_pl.callbacks import DeepTwist, ExtractStructure, LearningCompression, LStep, MuSchedule
     from lowrank_pl.costs import Latency, Macs, Params
-    from lowrank_pl.decompositions import SVD, BlockSVD, Cheapest, SpatialSVD, TiledSVD, Tucker2
+    from lowrank_pl.decompositions import SVD, BlockSVD, Cheapest, FirstOf, SpatialSVD, TiledSVD, Tucker2
     from lowrank_pl.extraction import compress
     from lowrank_pl.planning import make_plan
     from lowrank_pl.ranks import (
@@ -33,7 +33,7 @@ _HOMES = {
     "lowrank_pl.extraction": ("compress",),
     "lowrank_pl.storage": ("load_compressed", "save_compressed"),
     "lowrank_pl.report": ("Report", "summarize"),
-    "lowrank_pl.decompositions": ("SVD", "BlockSVD", "Cheapest", "SpatialSVD", "TiledSVD", "Tucker2"),
+    "lowrank_pl.decompositions": ("SVD", "BlockSVD", "Cheapest", "FirstOf", "SpatialSVD", "TiledSVD", "Tucker2"),
     "lowrank_pl.ranks": (
         "EVBMF",
         "CompressionRatio",
@@ -62,6 +62,7 @@ __all__ = [
     "DeepTwist",
     "EnergyThreshold",
     "ExtractStructure",
+    "FirstOf",
     "FixedRank",
     "GreedyEnergy",
     "LStep",

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from inspect import isabstract
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def resolve(choice: Any, base: type[T], argument: str) -> dict[str, T]:
+def resolve(choice: Any, base: type[T], argument: str, several: Callable[..., T] | None = None) -> dict[str, T]:
     """A choice as `{pattern: object}`: from an object of type `base`, the snake-case name of one of its subclasses
-    that needs no arguments, or a mapping from name patterns to either.
+    that needs no arguments, or a mapping from name patterns to either; from a list or a tuple by `several(*list)`, if
+    that is given.
 
     Raises `ValueError` for an unknown name and `TypeError` for anything else.
     """
     if isinstance(choice, Mapping):
         if not choice:
             raise ValueError(f"Expected argument `{argument}` to map patterns to choices but got an empty mapping")
-        return {str(pattern): _one(value, base, argument) for pattern, value in choice.items()}
-    return {"*": _one(choice, base, argument)}
+        return {str(pattern): _one(value, base, argument, several) for pattern, value in choice.items()}
+    return {"*": _one(choice, base, argument, several)}
 
 
-def _one(choice: Any, base: type[T], argument: str) -> T:
+def _one(choice: Any, base: type[T], argument: str, several: Callable[..., T] | None) -> T:
     if isinstance(choice, base):
         return choice
+    if several is not None and isinstance(choice, (list, tuple)):
+        return several(*choice)
     known = {snake_case(kind.__name__): kind for kind in _finals(base)}
     if not isinstance(choice, str):
         raise TypeError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
 from torch import nn
 
 from lowrank_pl.compression import Compression, Plan
-from lowrank_pl.decompositions import Candidates, Decomposition
+from lowrank_pl.decompositions import Candidates, Decomposition, FirstOf
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
 from lowrank_pl.names import resolve
@@ -16,7 +16,8 @@ from lowrank_pl.ranks import CompressionRatio, RankRule
 from lowrank_pl.surgery import Trace, find_layers, obstacles
 from lowrank_pl.targets import Targets, check_patterns, matches
 
-MethodChoice: TypeAlias = str | Candidates | Mapping[str, str | Candidates]
+OneMethod: TypeAlias = str | Candidates | Sequence[str | Decomposition]
+MethodChoice: TypeAlias = OneMethod | Mapping[str, OneMethod]
 RankChoice: TypeAlias = str | RankRule | Mapping[str, str | RankRule]
 
 T = TypeVar("T")
@@ -34,15 +35,15 @@ def make_plan(
 ) -> Plan:
     """Decide for every linear layer and convolution whether it takes part, and how.
 
-    `method` and `rank` are a choice or a mapping from name patterns to choices, of which the first match wins. With a
-    trace, layers that never ran stay dense; with `training`, frozen ones do. Raises `ValueError` for a pattern that
-    matches no layer.
+    `method` and `rank` are a choice or a mapping from name patterns to choices, of which the first match wins. Of a
+    list of methods a layer gets the first that is for its kind. With a trace, layers that never ran stay dense; with
+    `training`, frozen ones do. Raises `ValueError` for a pattern that matches no layer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected argument `model` to be a module but got {model!r:.100}")
     if not isinstance(targets, (Targets, type(None))):
         raise TypeError(f"Expected argument `targets` to be Targets(include=[...], ...) but got {targets!r:.100}")
-    methods = resolve(method, Candidates, "method")  # type: ignore[type-abstract]
+    methods = resolve(method, Candidates, "method", FirstOf)  # type: ignore[type-abstract]
     rules = resolve(DEFAULT_RANK if rank is None else rank, RankRule, "rank")  # type: ignore[type-abstract]
     layers = find_layers(model)
     dense = (targets or Targets()).left_out(model, trace)
@@ -60,6 +61,8 @@ def make_plan(
         specs[name] = spec = spec_of(module).with_(inputs=inputs.get(name, ()))
         reason = reason or _idle(name, trace) or dense.get(name) or _frozen(module, training)
         own, rule = _first_match(methods, name), _first_match(rules, name)
+        if isinstance(own, FirstOf) and own.unsupported(spec) is None:
+            (own,) = own.candidates(spec)  # from here on as if it alone had been given
         reason = reason or _mismatch(name, spec, own, rule)
         if reason is None and own is not None and rule is not None:
             compressions.append(Compression(name, module, spec, own, rule))

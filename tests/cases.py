@@ -131,13 +131,15 @@ def finals(base: type) -> Iterator[type]:
 
 def supports(decomposition: Decomposition, layer: nn.Module) -> bool:
     """What the documentation promises."""
-    linear, ungrouped = isinstance(layer, nn.Linear), getattr(layer, "groups", 1) == 1
+    ungrouped = getattr(layer, "groups", 1) == 1
     if isinstance(decomposition, TiledSVD):
-        return linear or (isinstance(layer, nn.Conv2d) and ungrouped)
+        return ungrouped or layer.groups not in (layer.in_channels, layer.out_channels)
     if isinstance(decomposition, BlockSVD):
         return ungrouped
-    if isinstance(decomposition, SpatialSVD | Tucker2):
-        return isinstance(layer, nn.Conv2d) and ungrouped
+    if isinstance(decomposition, SpatialSVD):
+        return isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+    if isinstance(decomposition, Tucker2):
+        return ungrouped and not isinstance(layer, nn.Linear)
     return True
 
 

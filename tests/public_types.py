@@ -9,6 +9,7 @@ from lowrank_pl import (
     CompressionRatio,
     CostBudget,
     DeepTwist,
+    FirstOf,
     GreedyEnergy,
     LearningCompression,
     LStep,
@@ -23,6 +24,8 @@ from lowrank_pl import (
 
 DeepTwist(S_D=200, method="tiled_svd", rank=CompressionRatio(4.0))
 DeepTwist(200, {"conv*": "svd", "*": Cheapest("svd", "tucker2")}, {"*": EVBMF()}, Targets(exclude=["fc"]))
+DeepTwist(method=("tucker2", "svd"))
+LearningCompression(1e-3, method={"conv*": ["spatial_svd", "svd"], "*": FirstOf("tiled_svd", "svd")})
 LearningCompression(lambda_=1e-3, l_step_epochs=1, clear_momentum=True)
 LearningCompression(budget=CostBudget("macs", 0.5), l_step=LStep(epochs=2), cost=Macs())
 LearningCompression(1e-3, schedule=MuSchedule(mu0=1e-4, steps=30), l_step=LStep(steps=100))
@@ -35,6 +38,7 @@ report: Report = summarize(nn.Linear(3, 3), small, torch.randn(1, 3))
 
 DeepTwist(mthod="svd")  # type: ignore[call-arg]
 DeepTwist(S_D="no")  # type: ignore[arg-type]
+DeepTwist(method=("tucker2", 3))  # type: ignore[arg-type]
 DeepTwist(rank=3)  # type: ignore[arg-type]
 LearningCompression(lambda_=1e-3, mu0="no")  # type: ignore[arg-type]
 LearningCompression(lambda_=1e-3, l_step_epoch=1)  # type: ignore[call-arg]

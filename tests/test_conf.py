@@ -9,7 +9,9 @@ from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
+from lowrank_pl import SVD, Targets, Tucker2, make_plan
 from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.configs import resolved
 from lowrank_pl.cli.schema import check_config
@@ -69,6 +71,16 @@ def test_mappings_of_layers_to_choices_come_through_a_config_file() -> None:
     callback = instantiate(OmegaConf.merge(config.compression, OmegaConf.create(written)), _convert_="all")
     assert list(callback.method) == ["*conv1", "*"]
     assert callback.rank["*"].r == 2
+
+
+@pytest.mark.parametrize("words", ["compression.method=[tucker2,svd]", "decomposition=first_of"])
+def test_an_order_of_methods_comes_through_the_command_line(words: str) -> None:
+    config = composed(words)
+    check_targets(config)
+    callback = instantiate(config.compression, _convert_="all")
+    net = nn.Sequential(nn.Conv1d(6, 8, 3), nn.Linear(8, 8))
+    plan = make_plan(net, callback.method, targets=Targets(skip_first=False, skip_last=False))
+    assert [c.method for c in plan.compressions] == [Tucker2(), SVD()]
 
 
 def test_an_unknown_key_is_refused() -> None:

@@ -16,7 +16,7 @@ from lowrank_pl.callbacks.quiet import batch_norms, recalibrate_batch_norms_
 from lowrank_pl.callbacks.swap import Swap
 from lowrank_pl.checks import check_int
 from lowrank_pl.compression import Plan
-from lowrank_pl.decompositions import Candidates, Choice
+from lowrank_pl.decompositions import Candidates, Choice, FirstOf
 from lowrank_pl.methods import Distortion, distort_
 from lowrank_pl.names import resolve
 from lowrank_pl.planning import DEFAULT_RANK, MethodChoice, RankChoice, make_plan
@@ -42,7 +42,7 @@ class CompressionCallback(pl.Callback, ABC):
         recalibrate_bn: int,
     ) -> None:
         rank = DEFAULT_RANK if rank is None else rank
-        resolve(method, Candidates, "method")  # type: ignore[type-abstract]
+        resolve(method, Candidates, "method", FirstOf)  # type: ignore[type-abstract]
         resolve(rank, RankRule, "rank")  # type: ignore[type-abstract]
         if targets is not None and not isinstance(targets, Targets):
             raise TypeError(f"Expected argument `targets` to be a Targets but got {targets!r}")

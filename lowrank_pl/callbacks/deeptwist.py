@@ -35,7 +35,8 @@ class DeepTwist(CompressionCallback):
 
     Args:
         S_D: optimizer steps (not micro-batches) from one distortion to the next.
-        method: a decomposition, its snake-case name, or a mapping from name patterns to either.
+        method: a decomposition, its snake-case name, a list of which a layer gets the first that is for its kind, or a
+            mapping from name patterns to any of these.
         rank: a rank rule, or a mapping from name patterns to rules; default `CompressionRatio(2.0)`.
         targets: which layers; default `Targets()`, all but the first convolution and the last linear layer.
         choose_at: the first distortion comes when so many optimizer steps have been made. For training from scratch,

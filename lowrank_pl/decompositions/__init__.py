@@ -3,6 +3,7 @@
 from lowrank_pl.decompositions.base import DENSE, ZERO, Analysis, Candidates, Choice, Decomposition
 from lowrank_pl.decompositions.block_svd import BlockSVD
 from lowrank_pl.decompositions.cheapest import Cheapest
+from lowrank_pl.decompositions.first_of import FirstOf
 from lowrank_pl.decompositions.spatial_svd import SpatialSVD
 from lowrank_pl.decompositions.svd import SVD
 from lowrank_pl.decompositions.tiled_svd import TiledSVD
@@ -18,6 +19,7 @@ __all__ = [
     "Cheapest",
     "Choice",
     "Decomposition",
+    "FirstOf",
     "SpatialSVD",
     "TiledSVD",
     "Tucker2",

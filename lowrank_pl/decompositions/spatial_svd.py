@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowrank_pl.decompositions.base import Decomposition, Truncation
 from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers import as_operator
 from lowrank_pl.linalg import decompose
 from lowrank_pl.structures import Chain, Layout, Rank
 
@@ -19,41 +20,38 @@ class SpatialSVD(Decomposition):
     """A `d x 1` convolution to r channels, then a `1 x d` one: the matrix `(T d) x (S d)` at rank r.
 
     "Scheme 2" of Idelbayev & Carreira-Perpinan (CVPR 2020), after Jaderberg et al. (BMVC 2014) and Tai et al. (ICLR
-    2016). The rank is one number. For ungrouped two-dimensional convolutions.
+    2016). The rank is one number, per group for grouped convolutions. For two-dimensional convolutions, depthwise and
+    transposed ones too.
     """
 
     def unsupported(self, layer: LayerSpec) -> str | None:
-        return only_ungrouped_conv2d(layer)
+        return None if len(layer.kernel) == 2 else "needs a two-dimensional convolution"
 
     def full_rank(self, layer: LayerSpec) -> Rank:
         height, width = layer.kernel
-        return (min(layer.out_channels * width, layer.in_channels * height),)
+        return (min(layer.out_channels * width, layer.in_channels * height) // layer.groups,)
 
     def layout(self, layer: LayerSpec, rank: Rank) -> Chain:
         def axis(i: int) -> dict[str, Any]:
             along = {name: _keep(getattr(layer, name), i, 1) for name in ("kernel", "stride", "dilation")}
             padding = "same" if layer.padding == "same" else _keep(layer.padding, i, 0)
-            return {**along, "padding": padding}
+            return {**along, "padding": padding, "output_padding": _keep(layer.output_padding, i, 0)}
 
-        columns = layer.with_(out_channels=rank[0], **axis(0))
-        return Chain(layer, (columns, columns.then(layer.out_channels, padding_mode=layer.padding_mode, **axis(1))))
+        columns = layer.with_(out_channels=rank[0] * layer.groups, **axis(0))
+        rows = layer.with_(in_channels=columns.out_channels, inputs=columns.outputs, **axis(1))
+        return Chain(layer, (columns, rows))
 
     def analyze(self, weight: Tensor, layer: LayerSpec) -> Truncation:
-        matrix = weight.permute(0, 3, 1, 2).flatten(0, 1).flatten(1)  # (T d) x (S d)
-        return Truncation(self, layer, [decompose(matrix)], _arrange)
+        operator = as_operator(weight, layer).unflatten(0, (layer.groups, -1))
+        matrices = operator.permute(0, 1, 4, 2, 3).flatten(1, 2).flatten(2)  # [groups, T d, S d]
+        return Truncation(self, layer, [decompose(matrices)], _arrange)
 
 
 def _arrange(layer: LayerSpec, layout: Layout, factors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     ((left, right),) = factors
-    columns = right.reshape(layout.shapes()[0])  # [r, S, d, 1]
-    return [columns, left.unflatten(0, (layer.out_channels, -1)).transpose(1, 2).unsqueeze(2)]  # and [T, r, 1, d]
-
-
-def only_ungrouped_conv2d(layer: LayerSpec) -> str | None:
-    """The reason that several decompositions give."""
-    if layer.kind == "conv" and len(layer.kernel) == 2 and layer.groups == 1:
-        return None
-    return "needs an ungrouped Conv2d"
+    columns = right.reshape(layout.shapes()[0])  # [g r, S, d, 1]
+    rows = left.unflatten(1, (-1, layer.kernel[1])).transpose(2, 3).flatten(0, 1)
+    return [columns, rows.unsqueeze(2)]  # and [T, r, 1, d]
 
 
 def _keep(sizes: Any, i: int, other: int) -> tuple[int, int]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
 
 from lowrank_pl.decompositions.base import Analysis, Decomposition
-from lowrank_pl.decompositions.spatial_svd import only_ungrouped_conv2d
 from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers import as_operator
 from lowrank_pl.linalg import left_system, tail_energies, tucker2, unfold
 from lowrank_pl.structures import Chain, Rank, Structure
 
@@ -19,27 +20,29 @@ from lowrank_pl.structures import Chain, Rank, Structure
 class Tucker2(Decomposition):
     """`1 x 1` to r_in channels, `d x d` to r_out, `1 x 1` to T: Kim et al. (ICLR 2016); Lee et al. (2019), eq. 3.
 
-    The rank is (r_in, r_out). For ungrouped two-dimensional convolutions.
+    The rank is (r_in, r_out). For ungrouped convolutions, transposed ones too; a linear layer would be three factors
+    where two, `SVD`, do the same.
     """
 
     def unsupported(self, layer: LayerSpec) -> str | None:
-        return only_ungrouped_conv2d(layer)
+        return None if layer.kernel and layer.groups == 1 else "needs an ungrouped convolution"
 
     def full_rank(self, layer: LayerSpec) -> Rank:
-        area = layer.kernel[0] * layer.kernel[1]
+        area = math.prod(layer.kernel)
         rows, columns = layer.out_channels, layer.in_channels
         return min(columns, rows * area), min(rows, columns * area)
 
     def layout(self, layer: LayerSpec, rank: Rank) -> Chain:
-        ones, zeros = (1, 1), (0, 0)
+        ones, zeros = (1,) * len(layer.kernel), (0,) * len(layer.kernel)
         inner = layer.with_(
-            out_channels=rank[0], kernel=ones, stride=ones, padding=zeros, dilation=ones, padding_mode="zeros"
-        )
+            kind="conv", out_channels=rank[0], kernel=ones, stride=ones, padding=zeros, dilation=ones,
+            output_padding=zeros, padding_mode="zeros",
+        )  # fmt: skip
         core = layer.with_(in_channels=rank[0], out_channels=rank[1], inputs=inner.outputs)
         return Chain(layer, (inner, core, core.then(layer.out_channels)))
 
     def analyze(self, weight: Tensor, layer: LayerSpec) -> HigherOrderSVD:
-        kernel = weight.flatten(2)
+        kernel = as_operator(weight, layer).flatten(2)
         return HigherOrderSVD(self, layer, kernel, left_system(unfold(kernel, 1)), left_system(unfold(kernel, 0)))
 
 

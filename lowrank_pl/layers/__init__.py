@@ -3,7 +3,7 @@
 from lowrank_pl.layers.constant import ConstantLayer
 from lowrank_pl.layers.grouped_linear import GroupedLinear
 from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, spec_of
-from lowrank_pl.layers.tiled import Run, TiledLayer, factor_shapes, tile_regions, weight_of_tiles
+from lowrank_pl.layers.tiled import Run, TiledLayer, factor_shapes, lowered, tile_regions, tile_side, weight_of_tiles
 
 __all__ = [
     "LAYER_TYPES",
@@ -15,7 +15,9 @@ __all__ = [
     "as_stored",
     "build",
     "factor_shapes",
+    "lowered",
     "spec_of",
     "tile_regions",
+    "tile_side",
     "weight_of_tiles",
 ]

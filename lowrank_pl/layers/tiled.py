@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
+
+_CONVS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 Run = Literal["factors", "dense"]
 Grid = tuple["Slab", "Slab", Tensor, Tensor]  # a region's rows and columns, and its left and right factors
@@ -33,35 +38,55 @@ def slabs(length: int, tile: int) -> list[Slab]:
     return [slab for slab in (Slab(0, whole, tile), Slab(whole * tile, 1, rest)) if slab.tiles * slab.size]
 
 
+def lowered(weight: Tensor, spec: LayerSpec) -> Tensor:
+    """The matrices `[groups, rows, columns]` that patches of the input are multiplied by, `T x (S d d)` in each group;
+    for transposed convolutions those that give patches of the output, `(T d d) x S`."""
+    matrices: Tensor = weight.unflatten(0, (spec.groups, -1)).flatten(2)
+    return matrices.mT if spec.kind == "conv_transpose" else matrices
+
+
+def tile_side(spec: LayerSpec, tile: int) -> int:
+    """The tiles' side: `tile`, or fewer where a group has fewer inputs or outputs."""
+    return min(tile, spec.out_channels // spec.groups, spec.in_channels // spec.groups)
+
+
 def tile_regions(spec: LayerSpec, tile: int) -> list[tuple[Slab, Slab]]:
-    """The lowered matrix `T x (S d d)` as at most four rectangles, each a grid of equal tiles, row by row."""
-    rows, columns = spec.out_channels, spec.num_weights // spec.out_channels
+    """Each group's lowered matrix as at most four rectangles, each a grid of equal tiles, row by row."""
+    first, *others = spec.stored_shape
+    rows, columns = first // spec.groups, math.prod(others)
+    if spec.kind == "conv_transpose":
+        rows, columns = columns, rows
     return [(row, column) for row in slabs(rows, tile) for column in slabs(columns, tile)]
 
 
-def factor_shapes(region: tuple[Slab, Slab], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of the left factor, `[m, h, n r]`, and of the right one, `[n, m r, w]`, of a region of `m x n` tiles."""
+def factor_shapes(spec: LayerSpec, region: tuple[Slab, Slab], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the left factor, `[g m, h, n r]`, and of the right one, `[g n, m r, w]`, of a region of `m x n` tiles."""
     m, n = region
     r = min(rank, m.size, n.size)
-    return (m.tiles, m.size, n.tiles * r), (n.tiles, m.tiles * r, n.size)
+    return (spec.groups * m.tiles, m.size, n.tiles * r), (spec.groups * n.tiles, m.tiles * r, n.size)
 
 
 def weight_of_tiles(spec: LayerSpec, grids: Sequence[Grid]) -> Tensor:
-    """The weight `[T, S, *kernel]` that regions of tiles, row by row, make."""
+    """The weight, as PyTorch stores it, that regions of tiles, row by row, make."""
     rows: dict[int, list[Tensor]] = {}
     for m, n, left, right in grids:
-        tiles = torch.einsum("ihjr,jirw->ihjw", left.unflatten(2, (n.tiles, -1)), right.unflatten(1, (m.tiles, -1)))
-        rows.setdefault(m.start, []).append(tiles.reshape(m.tiles * m.size, n.tiles * n.size))
-    return torch.cat([torch.cat(row, dim=1) for row in rows.values()]).reshape(spec.operator_shape)
+        lefts = left.unflatten(0, (spec.groups, -1)).unflatten(3, (n.tiles, -1))
+        rights = right.unflatten(0, (spec.groups, -1)).unflatten(2, (m.tiles, -1))
+        tiles = torch.einsum("gihjr,gjirw->gihjw", lefts, rights)
+        rows.setdefault(m.start, []).append(tiles.reshape(-1, m.tiles * m.size, n.tiles * n.size))
+    matrices = torch.cat([torch.cat(row, dim=2) for row in rows.values()], dim=1)
+    stored = matrices.mT if spec.kind == "conv_transpose" else matrices
+    return stored.reshape(spec.stored_shape)
 
 
 class TiledLayer(nn.Module):
-    """A linear layer or 2-d convolution whose lowered weight is a grid of tiles of rank at most `rank`.
+    """A linear layer or convolution whose lowered weight is, in each of g groups, tiles of rank at most `rank`.
 
     Parameters per region of `tile_regions` with `m x n` tiles of `h x w`, rank `r = min(rank, h, w)`:
-    `left.i` `[m, h, n r]` and `right.i` `[n, m r, w]`. With `run="factors"` the layer multiplies by them (im2col and
-    two batched products); with `run="dense"` it rebuilds the weight once, when first used, and runs as the dense
-    layer does: a small file at dense speed. Rebuilt whenever a factor has changed.
+    `left.i` `[g m, h, n r]` and `right.i` `[g n, m r, w]`. With `run="factors"` the layer multiplies by them (two
+    batched products, after im2col, or before col2im in transposed convolutions); with `run="dense"` it rebuilds the
+    weight once, when first used, and runs as the dense layer does: a small file at dense speed. Rebuilt whenever a
+    factor has changed.
     """
 
     def __init__(self, spec: LayerSpec, tile: int, rank: int, bias: bool, run: Run) -> None:
@@ -69,7 +94,7 @@ class TiledLayer(nn.Module):
         self.spec, self.tile, self.rank = spec.with_(inputs=()), tile, rank
         self.run: Run = run
         self.regions = tile_regions(spec, tile)
-        shapes = [factor_shapes(region, rank) for region in self.regions]
+        shapes = [factor_shapes(spec, region, rank) for region in self.regions]
         self.left = nn.ParameterList(torch.empty(left) for left, _ in shapes)
         self.right = nn.ParameterList(torch.empty(right) for _, right in shapes)
         self.bias = nn.Parameter(torch.zeros(spec.out_channels)) if bias else None
@@ -78,7 +103,7 @@ class TiledLayer(nn.Module):
         self._dense: tuple[Any, Tensor] | None = None
 
     def dense_weight(self) -> Tensor:
-        """The weight that the tiles make, `[T, S, *kernel]`."""
+        """The weight that the tiles make, as PyTorch stores it."""
         return weight_of_tiles(self.spec, self._grids())
 
     def _grids(self) -> list[Grid]:
@@ -91,10 +116,17 @@ class TiledLayer(nn.Module):
     def _forward_dense(self, x: Tensor) -> Tensor:
         if self.spec.kind == "linear":
             return F.linear(x, self._weight(), self.bias)
-        padding: Any = self.spec.padding
-        if self.spec.padding_mode != "zeros":
+        y: Tensor
+        spec, axes = self.spec, len(self.spec.kernel)
+        if spec.kind == "conv_transpose":
+            amounts: Any = (spec.stride, spec.padding, spec.output_padding, spec.groups, spec.dilation)
+            y = _TRANSPOSED[axes](x, self._weight(), self.bias, *amounts)
+            return y
+        padding: Any = spec.padding
+        if spec.padding_mode != "zeros":
             x, padding = self._pad(x), 0
-        return F.conv2d(x, self._weight(), self.bias, self.spec.stride, padding, self.spec.dilation)
+        y = _CONVS[axes](x, self._weight(), self.bias, spec.stride, padding, spec.dilation, spec.groups)
+        return y
 
     def _weight(self) -> Tensor:
         factors = [factor for _, _, left, right in self._grids() for factor in (left, right)]
@@ -116,22 +148,50 @@ class TiledLayer(nn.Module):
         if self.spec.kind == "linear":
             y = self._multiply(x.reshape(1, -1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], self.spec.out_channels)
             return y if self.bias is None else y + self.bias.to(y.dtype)
-        if x.dim() == 3:
+        axes = len(self.spec.kernel)
+        if x.dim() == axes + 1:
             return self._forward_factors(x.unsqueeze(0)).squeeze(0)
         size = self.spec.with_(inputs=((1, *x.shape[2:]),)).outputs[0][1:]
-        columns = F.unfold(self._pad(x), self.spec.kernel, self.spec.dilation, 0, self.spec.stride)
-        y = self._multiply(columns).unflatten(2, size)
-        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+        if self.spec.kind == "conv_transpose":
+            y = self._fold(self._multiply(x.flatten(2)), x.shape[2:], size)
+        else:
+            y = self._multiply(self._unfold(self._pad(x))).unflatten(2, size)
+        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, *[1] * axes)
 
     def _multiply(self, columns: Tensor) -> Tensor:
-        """`[B, S d d, P]` to `[B, T, P]`."""
+        """`[B, S d d, P]` to `[B, T, P]`; of transposed convolutions `[B, S, P]` to `[B, T d d, P]`."""
+        groups = self.spec.groups
         rows: dict[int, Tensor] = {}
+        columns = columns.unflatten(1, (groups, -1))
         for m, n, left, right in self._grids():
-            x = columns[:, n.start : n.stop].unflatten(1, (n.tiles, n.size))
-            inner = (right @ x).unflatten(2, (m.tiles, -1)).transpose(1, 2).flatten(2, 3)
-            y = (left @ inner).flatten(1, 2)
+            x = columns[:, :, n.start : n.stop].unflatten(2, (n.tiles, n.size)).flatten(1, 2)
+            inner = (right @ x).unflatten(1, (groups, -1)).unflatten(3, (m.tiles, -1))  # [B, g, n, m, r, P]
+            inner = inner.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+            y = (left @ inner).unflatten(1, (groups, -1)).flatten(2, 3)
             rows[m.start] = rows[m.start] + y if m.start in rows else y
-        return torch.cat(list(rows.values()), dim=1)
+        return torch.cat(list(rows.values()), dim=2).flatten(1, 2)
+
+    def _unfold(self, x: Tensor) -> Tensor:
+        """The patches, `[B, S, *size]` to `[B, S d d, P]`: `F.unfold`, which is for two axes only."""
+        spec, axes = self.spec, len(self.spec.kernel)
+        for axis, (kernel, stride, dilation) in enumerate(zip(spec.kernel, spec.stride, spec.dilation, strict=True)):
+            x = x.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+        windows = x.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
+        return windows.flatten(2 + axes).flatten(1, 1 + axes)
+
+    def _fold(self, columns: Tensor, places: Sequence[int], size: tuple[int, ...]) -> Tensor:
+        """The patches `[B, T d d, P]` added up, each where its input stands: `[B, T, *size]`."""
+        spec = self.spec
+        patches = columns.unflatten(2, tuple(places)).unflatten(1, (spec.out_channels, math.prod(spec.kernel)))
+        margins = [int(p) for p in spec.padding]
+        y = columns.new_zeros(*patches.shape[:2], *(n + 2 * p for n, p in zip(size, margins, strict=True)))
+        axes = list(zip(spec.dilation, spec.stride, places, strict=True))
+        for i, position in enumerate(product(*map(range, spec.kernel))):
+            steps = (slice(d * k, d * k + s * (n - 1) + 1, s) for k, (d, s, n) in zip(position, axes, strict=True))
+            reached: tuple[Any, ...] = (..., *steps)
+            y[reached] += patches[:, :, i]
+        inside: tuple[Any, ...] = (..., *(slice(p, p + n) for p, n in zip(margins, size, strict=True)))
+        return y[inside]
 
     def _pad(self, x: Tensor) -> Tensor:
         spec = self.spec

@@ -89,16 +89,14 @@ def left_system(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if matrix.dtype == torch.float64:
         left, singular, _ = _svd(matrix)
         return singular.square(), left
-    energies, vectors = _gram_eigh(matrix.double())
-    least = min(matrix.shape[-2:])
-    return energies[..., :least], vectors[..., :least]
+    return _left_gram_system(matrix.double(), min(matrix.shape[-2:]))
 
 
 def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
     """The leading left singular vectors of `[..., m, n]`: `[..., m, rank]`, float64, orthonormal; rank at most m."""
     if matrix.dtype == torch.float64:
         return _svd(matrix, full=rank > matrix.shape[-1])[0][..., :rank]
-    return _gram_eigh(matrix.double())[1][..., :rank]
+    return _left_gram_system(matrix.double(), rank)[1]
 
 
 def squared_norm(weight: Tensor) -> float:
@@ -138,6 +136,21 @@ def _gram_eigh(matrix: Tensor, vectors: bool = True) -> tuple[Tensor, Tensor]:
         return torch.nn.functional.pad(singular.square(), (0, max(missing, 0))), left
     _check_result(values)
     return values.flip(-1).clamp(min=0.0), basis.flip(-1)
+
+
+def _left_gram_system(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Squared singular values `[..., min(m, n)]` and `rank` left singular vectors `[..., m, rank]` of `[..., m, n]`.
+
+    From the Gram matrix of the shorter side. Vectors beyond n are orthonormal and otherwise arbitrary.
+    """
+    if matrix.shape[-2] <= matrix.shape[-1]:
+        energies, left = _gram_eigh(matrix)
+        return energies, left[..., :rank]
+    energies, right = _gram_eigh(matrix.mT)
+    # A V = U Sigma has orthogonal columns. QR gives them length one, where sigma is 0 too.
+    mode = "complete" if rank > matrix.shape[-1] else "reduced"
+    left, _ = torch.linalg.qr(matrix @ right[..., :rank], mode=mode)
+    return energies, left[..., :rank]
 
 
 def _svd(matrix: Tensor, full: bool = False) -> tuple[Tensor, Tensor, Tensor]:

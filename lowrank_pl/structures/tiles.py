@@ -10,7 +10,7 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import Run, TiledLayer, factor_shapes, tile_regions, weight_of_tiles
+from lowrank_pl.layers import Run, TiledLayer, factor_shapes, tile_regions, tile_side, weight_of_tiles
 from lowrank_pl.structures.base import Layout, total_macs
 
 _NOTES = {"factors": "runs from its factors", "dense": "stored as factors, runs dense"}
@@ -19,8 +19,8 @@ _NOTES = {"factors": "runs from its factors", "dense": "stored as factors, runs 
 @final
 @dataclass(frozen=True)
 class Tiles(Layout):
-    """Square tiles of the lowered matrix `T x (S d d)` at rank r: the left and right factors of `TiledLayer`, region
-    by region, all left ones first.
+    """Square tiles of each group's lowered matrix at rank r: the left and right factors of `TiledLayer`, region by
+    region, all left ones first.
 
     `run` says how the layer computes; None leaves it open, which is dense until something has been measured.
     """
@@ -33,12 +33,14 @@ class Tiles(Layout):
     @property
     def stages(self) -> tuple[LayerSpec, ...]:
         """Per region of equal tiles two grouped products, over the tiles' columns and over their rows."""
-        positions = tuple((math.prod(size),) for size in self.layer.outputs)
-        stages = []
-        for rows, columns in tile_regions(self.layer, self.tile):
-            inner = rows.tiles * columns.tiles * min(self.rank, rows.size, columns.size)
-            right = LayerSpec("linear", columns.tiles * columns.size, inner, groups=columns.tiles, inputs=positions)
-            stages += [right, right.then(rows.tiles * rows.size, groups=rows.tiles)]
+        layer = self.layer
+        sizes = layer.inputs if layer.kind == "conv_transpose" else layer.outputs
+        positions, stages = tuple((math.prod(size),) for size in sizes), []
+        for region in tile_regions(layer, self.tile):
+            m, n = (layer.groups * slab.tiles for slab in region)
+            (_, h, _), (_, inner, w) = factor_shapes(layer, region, self.rank)
+            right = LayerSpec("linear", n * w, n * inner, groups=n, inputs=positions)
+            stages += [right, right.then(m * h, groups=m)]
         return tuple(stages)
 
     @property
@@ -46,7 +48,7 @@ class Tiles(Layout):
         return total_macs(self.stages) if self.run == "factors" else self.layer.macs
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        shapes = [factor_shapes(region, self.rank) for region in tile_regions(self.layer, self.tile)]
+        shapes = [factor_shapes(self.layer, region, self.rank) for region in tile_regions(self.layer, self.tile)]
         return (*(left for left, _ in shapes), *(right for _, right in shapes))
 
     def weight(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -87,7 +89,6 @@ class Tiles(Layout):
         if values.get("kind") != "tiles" or values.get("run") not in tuple(_NOTES):
             return None
         tile, rank, spec = values.get("tile"), values.get("rank"), LayerSpec.from_dict(values.get("layer"))
-        tiled = spec == layer.with_(inputs=()) and spec.kind != "conv_transpose" and spec.groups == 1
-        if not tiled or type(tile) is not int or type(rank) is not int:
+        if spec != layer.with_(inputs=()) or type(tile) is not int or type(rank) is not int:
             return None
-        return cls(layer, tile, rank, values["run"]) if 1 <= rank <= tile <= min(spec.operator_shape[:2]) else None
+        return cls(layer, tile, rank, values["run"]) if 1 <= rank <= tile <= tile_side(spec, tile) else None

@@ -559,8 +559,8 @@ def test_good_dictionaries():
     assert layout_from_dict(values, LINEAR) == Chain(LINEAR, stages)
 
 
-@pytest.mark.parametrize("name", ["conv2d_grouped", "transposed2d"])
-def test_tiles_are_not_for_every_layer(name):
+@pytest.mark.parametrize("name", ["conv2d_depthwise", "transposed2d_grouped", "linear_one_input"])
+def test_tiles_are_not_larger_than_a_group(name):
     spec = spec_of(make_layer(name)[0])
     with pytest.raises(ValueError, match="Expected"):
         layout_from_dict({**TILES, "layer": spec.to_dict()}, spec)

@@ -11,6 +11,8 @@ from torch import nn
 from lowrank_pl.decompositions import SVD, BlockSVD, SpatialSVD, TiledSVD, Tucker2
 from lowrank_pl.layers import spec_of
 
+TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
 
 def truncate(matrix, rank):
     left, singular, right = np.linalg.svd(matrix, full_matrices=False)
@@ -27,34 +29,52 @@ def project_svd(weight, layer, rank):
     return result
 
 
-def project_spatial(weight, _, rank):
-    outputs, inputs, height, width = weight.shape
-    matrix = np.empty((outputs * width, inputs * height))
-    for t, s, y, x in np.ndindex(weight.shape):
-        matrix[t * width + x, s * height + y] = weight[t, s, y, x]
-    matrix = truncate(matrix, rank)
-    result = np.empty_like(weight)
-    for t, s, y, x in np.ndindex(weight.shape):
-        result[t, s, y, x] = matrix[t * width + x, s * height + y]
-    return result
+def operators(weight, layer):
+    """Each group's `[T, S, *kernel]`, views of the weight."""
+    blocks = np.split(weight, layer.groups)
+    return [block.swapaxes(0, 1) for block in blocks] if isinstance(layer, TRANSPOSED) else blocks
+
+
+def project_spatial(weight, layer, rank):
+    projected = np.empty_like(weight)
+    for block, result in zip(operators(weight, layer), operators(projected, layer), strict=True):
+        outputs, inputs, height, width = block.shape
+        matrix = np.empty((outputs * width, inputs * height))
+        for t, s, y, x in np.ndindex(block.shape):
+            matrix[t * width + x, s * height + y] = block[t, s, y, x]
+        matrix = truncate(matrix, rank)
+        for t, s, y, x in np.ndindex(block.shape):
+            result[t, s, y, x] = matrix[t * width + x, s * height + y]
+    return projected
 
 
 def cut(rows, columns, side):
     return [(i, j) for i in range(0, rows, side) for j in range(0, columns, side)]
 
 
-def project_tiles(weight, _, rank, tile):
-    """As in the paper: columns in the order (S, d, d), every tile k x k, zeros at the edges."""
-    outputs, inputs = weight.shape[:2]
-    matrix = np.stack([np.concatenate([channel.ravel() for channel in row]) for row in weight])
-    side = min(tile, outputs, inputs)
-    result = np.empty_like(matrix)
-    for i, j in cut(*matrix.shape, side):
-        block = matrix[i : i + side, j : j + side]
-        padded = np.zeros((side, side))
-        padded[: block.shape[0], : block.shape[1]] = block
-        result[i : i + side, j : j + side] = truncate(padded, rank)[: block.shape[0], : block.shape[1]]
-    return result.reshape(weight.shape)
+def in_matrices(weight, layer):
+    """As in the paper, in each group: columns in the order (S, d, d). A transposed convolution's is the adjoint's."""
+    matrices = np.split(weight.reshape(len(weight), -1), getattr(layer, "groups", 1))
+    return [matrix.T for matrix in matrices] if isinstance(layer, TRANSPOSED) else matrices
+
+
+def side_of(layer, tile):
+    spec = spec_of(layer)
+    return min(tile, spec.out_channels // spec.groups, spec.in_channels // spec.groups)
+
+
+def project_tiles(weight, layer, rank, tile):
+    """Every tile k x k, zeros at the edges."""
+    side, results = side_of(layer, tile), []
+    for matrix in in_matrices(weight, layer):
+        result = np.empty_like(matrix)
+        for i, j in cut(*matrix.shape, side):
+            block = matrix[i : i + side, j : j + side]
+            padded = np.zeros((side, side))
+            padded[: block.shape[0], : block.shape[1]] = block
+            result[i : i + side, j : j + side] = truncate(padded, rank)[: block.shape[0], : block.shape[1]]
+        results.append(result.T if isinstance(layer, TRANSPOSED) else result)
+    return np.concatenate(results).reshape(weight.shape)
 
 
 def channels_per_block(inputs, channels):
@@ -63,7 +83,7 @@ def channels_per_block(inputs, channels):
 
 
 def project_blocks(weight, layer, rank, channels):
-    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+    if isinstance(layer, TRANSPOSED):
         return project_blocks(weight.swapaxes(0, 1), None, rank, channels).swapaxes(0, 1)
     c = channels_per_block(weight.shape[1], channels)
     result = np.empty_like(weight)
@@ -103,12 +123,12 @@ def test_projection(decomposition, reference, name):
 @pytest.mark.parametrize("name", [name for name in LAYERS if supports(TiledSVD(), make_layer(name)[0])])
 def test_tiles_store_no_zeros(name, tile):
     layer, _ = make_layer(name)
-    rows, columns = layer.weight.flatten(1).shape
-    side = min(tile, *layer.weight.shape[:2])
+    matrices, side = in_matrices(layer.weight.detach().numpy(), layer), side_of(layer, tile)
+    rows, columns = matrices[0].shape
     assert TiledSVD(tile).full_rank(spec_of(layer)) == (side,)
     for rank in range(1, side + 1):
         sizes = [(min(side, rows - i), min(side, columns - j)) for i, j in cut(rows, columns, side)]
-        expected = sum(min(rank, height, width) * (height + width) for height, width in sizes)
+        expected = len(matrices) * sum(min(rank, height, width) * (height + width) for height, width in sizes)
         assert TiledSVD(tile).factor(layer.weight, spec_of(layer), (rank,)).num_weights == expected
 
 
@@ -128,6 +148,19 @@ DEPLOYED = [
     (SpatialSVD(), CONVOLUTION, (7,), [
         nn.Conv2d(16, 7, (3, 1), (2, 1), (1, 0), (1, 1), padding_mode="reflect"),
         nn.Conv2d(7, 12, (1, 5), (1, 1), (0, 2), (1, 2), padding_mode="reflect"),
+    ]),
+    (SpatialSVD(), nn.Conv2d(16, 12, (3, 5), padding=2, groups=4), (2,), [
+        nn.Conv2d(16, 8, (3, 1), padding=(2, 0), groups=4), nn.Conv2d(8, 12, (1, 5), padding=(0, 2), groups=4)
+    ]),
+    (SpatialSVD(), UPSAMPLING, (7,), [
+        nn.ConvTranspose2d(16, 7, (3, 1), (2, 1), (1, 0), (1, 0)),
+        nn.ConvTranspose2d(7, 12, (1, 3), (1, 2), (0, 1), (0, 1)),
+    ]),
+    (Tucker2(), UPSAMPLING, (7, 4), [
+        nn.Conv2d(16, 7, 1), nn.ConvTranspose2d(7, 4, 3, stride=2, padding=1, output_padding=1), nn.Conv2d(4, 12, 1)
+    ]),
+    (Tucker2(), nn.Conv1d(16, 12, 5, stride=2), (7, 4), [
+        nn.Conv1d(16, 7, 1), nn.Conv1d(7, 4, 5, stride=2), nn.Conv1d(4, 12, 1)
     ]),
     (Tucker2(), CONVOLUTION, (7, 4), [
         nn.Conv2d(16, 7, 1),

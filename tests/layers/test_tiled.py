@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -29,27 +30,31 @@ def make_tiled(name, run, tile=4, rank=2, dtype=torch.float64):
 
 
 def weight_of(tiled):
-    """The dense weight, tile by tile, from the layout that the docstring of the layer gives."""
-    rows = tiled.spec.out_channels
-    matrix = torch.zeros(rows, tiled.spec.num_weights // rows, dtype=tiled.left[0].dtype)
-    i_start, next_row = 0, 0
-    regions = iter(zip(tiled.left, tiled.right, strict=True))
-    while i_start < rows:
-        j_start = 0
-        while j_start < matrix.shape[1]:
-            left, right = next(regions)
-            (m, height, _), (n, _, width) = left.shape, right.shape
-            r = left.shape[2] // n
-            for i in range(m):
-                for j in range(n):
-                    tile = left[i][:, j * r : (j + 1) * r] @ right[j][i * r : (i + 1) * r]
-                    y, x = i_start + i * height, j_start + j * width
-                    matrix[y : y + height, x : x + width] = tile
-            j_start += n * width
-            next_row = i_start + m * height
-        i_start = next_row
-    assert next(regions, None) is None
-    return matrix.reshape(tiled.spec.operator_shape)
+    """The dense weight, tile by tile and group by group, from the layout that the docstring of the layer gives."""
+    first, *others = tiled.spec.stored_shape
+    transposed, groups = tiled.spec.kind == "conv_transpose", tiled.spec.groups
+    rows, columns = (math.prod(others), first // groups) if transposed else (first // groups, math.prod(others))
+    matrices = torch.zeros(groups, rows, columns, dtype=tiled.left[0].dtype)
+    for g in range(groups):
+        i_start, next_row = 0, 0
+        regions = iter(zip(tiled.left, tiled.right, strict=True))
+        while i_start < rows:
+            j_start = 0
+            while j_start < columns:
+                left, right = next(regions)
+                left, right = left.chunk(groups)[g], right.chunk(groups)[g]
+                (m, height, _), (n, _, width) = left.shape, right.shape
+                r = left.shape[2] // n
+                for i in range(m):
+                    for j in range(n):
+                        tile = left[i][:, j * r : (j + 1) * r] @ right[j][i * r : (i + 1) * r]
+                        y, x = i_start + i * height, j_start + j * width
+                        matrices[g, y : y + height, x : x + width] = tile
+                j_start += n * width
+                next_row = i_start + m * height
+            i_start = next_row
+        assert next(regions, None) is None
+    return (matrices.mT if transposed else matrices).reshape(tiled.spec.stored_shape)
 
 
 def reference(layer, tiled, x):
@@ -238,7 +243,7 @@ def test_made_in_inference_mode(run):
 
 
 @each_run
-@pytest.mark.parametrize("name", ["linear_tokens", "conv2d", "conv2d_same_reflect"])
+@pytest.mark.parametrize("name", ["linear_tokens", "conv2d", "conv2d_same_reflect", "conv3d_grouped", "transposed1d"])
 def test_export(name, run):
     """The exported program holds factors, computes the same, and leaves nothing behind in the layer."""
     layer, tiled, x = make_tiled(name, run, dtype=torch.float32)
@@ -253,9 +258,9 @@ def test_export(name, run):
     assert sizes == sum(parameter.numel() for parameter in tiled.parameters())
 
 
-@each_run
-def test_compile(run):
-    layer, tiled, x = make_tiled("conv2d", run)
+@pytest.mark.parametrize(("name", "run"), [("conv2d", "factors"), ("conv2d", "dense"), ("transposed2d", "factors")])
+def test_compile(name, run):
+    layer, tiled, x = make_tiled(name, run)
     compiled = torch.compile(tiled, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), reference(layer, tiled, x))
     with torch.no_grad():

@@ -228,6 +228,24 @@ def test_one_decomposition_gives_the_spectrum_and_every_truncation(dtype, monkey
         np.testing.assert_allclose((a @ b).numpy(), best, atol=1e-9 * singular[0])
 
 
+@pytest.mark.parametrize("shape", [(160, 12), (12, 160), (3, 90, 7)], ids=str)
+def test_only_the_short_side_is_diagonalized(shape, monkeypatch):
+    """And its spectrum, its leading subspaces and their projections are numpy's in float64."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    sizes, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: sizes.append(gram.shape[-1]) or eigh(gram))
+    short, exact = min(shape[-2:]), matrix.double().numpy()
+    energies, vectors = left_system(matrix)
+    left, singular, right = np.linalg.svd(exact, full_matrices=False)
+    np.testing.assert_allclose(energies.numpy(), singular**2, rtol=1e-6)
+    for rank in (1, short // 2, short):
+        best = (left[..., :rank] * singular[..., None, :rank]) @ right[..., :rank, :]
+        for basis in (vectors[..., :rank].numpy(), leading_vectors(matrix, rank).numpy()):
+            projected = basis @ np.swapaxes(basis, -2, -1) @ exact
+            assert np.linalg.norm(projected - best) <= 1e-6 * np.linalg.norm(exact)
+    assert set(sizes) == {short}
+
+
 def test_squared_norm():
     weight = torch.randn(64, 32, 3, 3, generator=torch.Generator().manual_seed(0))
     assert squared_norm(weight) == pytest.approx(float(weight.double().square().sum()), rel=1e-7)

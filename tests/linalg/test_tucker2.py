@@ -122,6 +122,20 @@ def test_every_iteration_keeps_more(dtype):
     assert shares[-1] > shares[0] + 1e-3  # the start alone is not the optimum
 
 
+@pytest.mark.parametrize("shape", [(120, 24, 1), (24, 120, 1), (10, 90, 2), (90, 10, 2)], ids=str)
+def test_long_kernels_as_in_float64(shape):
+    """Expanding and narrowing `1 x 1` convolutions, whose long unfolding has a short side; one optimum, since singular
+    values are well apart."""
+    rows, columns, area = shape
+    left, right = (torch.linalg.qr(random_kernel((n, 10, 1), n).squeeze(2))[0] for n in (rows, columns * area))
+    kernel = (left * 0.7 ** torch.arange(10)) @ right.T
+    kernel = kernel.reshape(shape).float()
+    for rank_in, rank_out in [(3, 3), (6, 4), (8, 8)]:
+        ours = compose(*hooi(kernel, rank_in, rank_out, iterations=300, tolerance=0.0))
+        exact = compose(*hooi(kernel.double(), rank_in, rank_out, iterations=300, tolerance=0.0))
+        assert float((ours - exact).norm()) <= 1e-6 * float(kernel.norm()), (rank_in, rank_out)
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
 def test_scales(scale):
     kernel = planted_kernel((6, 5, 9), 2, 3).float() * scale

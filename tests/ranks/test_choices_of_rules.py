@@ -86,6 +86,8 @@ def test_energy_threshold_of_tucker_is_the_smallest_within_the_bound(name):
     """The bound: the singular values beyond the rank in either unfolding, here from numpy."""
     problem = make_problem(Tucker2(), name)
     kernel = problem.weight.flatten(2).numpy()
+    if problem.layer.kind == "conv_transpose":  # stored as [S, T, ...]
+        kernel = kernel.swapaxes(0, 1)
     tails = []
     for mode in (1, 0):
         unfolding = np.moveaxis(kernel, mode, 0).reshape(kernel.shape[mode], -1)
