@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers.lazy_weight import weight_of_factors
 
 Run = Literal["factors", "dense"]
 Grid = tuple["Slab", "Slab", Tensor, Tensor]  # a region's rows and columns, and its left and right factors
@@ -76,6 +77,11 @@ class TiledLayer(nn.Module):
         for factor in (*self.left, *self.right):
             nn.init.normal_(factor, std=(rank * spec.num_weights / spec.out_channels) ** -0.25)
         self._dense: tuple[Any, Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """`dense_weight`, made when its values are needed, for code that asks for its type or shape."""
+        return weight_of_factors(self.left[0], self.spec.stored_shape, self.dense_weight)
 
     def dense_weight(self) -> Tensor:
         """The weight that the tiles make, `[T, S, *kernel]`."""
