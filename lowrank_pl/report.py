@@ -149,9 +149,9 @@ def summarize(dense: nn.Module, compressed: nn.Module, example_input: Any = None
     return _report(dense, compressed, record(dense, example_input), total, latency)
 
 
-def summarize_layers(dense: nn.Module, compressed: nn.Module, trace: Trace) -> Report:
+def summarize_layers(dense: nn.Module, compressed: nn.Module, trace: Trace, latency: bool = True) -> Report:
     """The same from what a trace knows of the layers alone; the network's MACs are those of its layers."""
-    report = _report(dense, compressed, trace, (Size(0), Size(0)), latency=True)
+    report = _report(dense, compressed, trace, (Size(0), Size(0)), latency)
 
     def total(network: nn.Module, sizes: list[Size]) -> Size:
         known = [size.macs for size in sizes if size.macs is not None]
