@@ -95,11 +95,16 @@ def extract(
     replacements: dict[nn.Module, nn.Module] = {}
     earlier = _earlier(extracted)
     entries: dict[str, Any] = {}
-    notes = earlier["notes"] | _under(part, {**plan.dense, **notes})
-    for name, c in _under(part, {c.name: c for c in plan.compressions}).items():
-        structure = structures[c.name]
-        if isinstance(structure.layout, Dense):
+    reasons = {**plan.dense, **notes}
+    whole = {layer: name for name, layer in find_layers(model).items()}
+    names = {name: whole[layer] for name, layer in find_layers(part_of(model, part)).items()}  # those of the plan
+    notes = earlier["notes"] | {name: reasons[names[name]] for name in layers if names[name] in reasons}
+    compressions = {c.name: c for c in plan.compressions}
+    for name in layers:
+        c = compressions.get(names[name])
+        if c is None or isinstance(structures[c.name].layout, Dense):
             continue
+        structure = structures[c.name]
         layer = without_hooks(layers[name])
         seen = trace is not None and c.name in trace.samples
         x = _sample(layer, c.layer.kernel, trace.samples[c.name] if trace is not None and seen else None)
@@ -122,7 +127,7 @@ def extract(
 
 def part_of(model: nn.Module, name: str) -> nn.Module:
     """The submodule of that name, which is without what `torch.compile` adds. Raises `ValueError` if there is none."""
-    parts = {clean_name(own): module for own, module in model.named_modules()}
+    parts: dict[str, nn.Module] = {clean_name(own): module for own, module in model.named_modules()}
     if name not in parts:
         raise ValueError(
             f"Expected argument `submodule` to name a part of {type(model).__name__} but got {name!r}; it has "
@@ -131,7 +136,7 @@ def part_of(model: nn.Module, name: str) -> nn.Module:
     return parts[name]
 
 
-def _under(part: str, named: Mapping[str, T]) -> dict[str, T]:
+def under(part: str, named: Mapping[str, T]) -> dict[str, T]:
     """What belongs to a part, under the part's own names."""
     inside = {name: value for name, value in named.items() if not part or f"{name}.".startswith(f"{part}.")}
     return {name[len(part) :].lstrip("."): value for name, value in inside.items()}
@@ -171,15 +176,16 @@ def _projected(model: nn.Module, structures: Mapping[str, Structure]) -> nn.Modu
     return projected
 
 
-def difference(projected: nn.Module, extracted: nn.Module, arguments: tuple[Any, ...]) -> str | None:
+def difference(projected: nn.Module, extracted: nn.Module, arguments: tuple[Any, ...], part: str = "") -> str | None:
     """Run a network with projected weights and what was extracted from it, both as a whole and in evaluation mode: what
-    differs, in words, or None.
+    differs, in words, or None. Or that `part` of both that takes the arguments.
 
     Their outputs, and which of the compressed layers run: an extracted network may call layers of another one, and
     give its output. Nothing is said where the projected network does not run, or differs as much from itself after
     rounding: by random numbers of its own, or because it decides by a threshold.
     """
-    names = list(getattr(extracted, RECORD)["layers"])
+    names = list(under(part, getattr(extracted, RECORD)["layers"]))
+    projected, extracted = projected.get_submodule(part), extracted.get_submodule(part)
     try:
         expected = _heard(projected, names, arguments)
     except Exception:  # of any kind: its own code, in a mode that it may not know

@@ -58,10 +58,8 @@ def _obstacle(layer: nn.Module, owners: Mapping[int, int]) -> str | None:
     weight = layer._parameters.get("weight")
     if isinstance(layer, LazyModuleMixin):
         return "lazy: its shape is not known yet"
-    if not isinstance(weight, nn.Parameter):
-        return "its weight is parametrized"
-    if weight.is_complex():
-        return "its weight is complex"
+    if not isinstance(weight, nn.Parameter) or weight.is_complex():
+        return f"its weight is {'complex' if isinstance(weight, nn.Parameter) else 'parametrized'}"
     own = [*layer._modules, *layer._buffers, *(layer._parameters.keys() - {"weight", "bias"})]
     if own:  # which whoever put them there will look for
         return f"has parts of its own: {', '.join(own)}"
@@ -257,8 +255,8 @@ def _record(model: nn.Module, example_input: Any, training: bool) -> Trace:
 
 
 def run(model: nn.Module, example_input: Any, training: bool = False) -> Any:
-    """`model(example_input)`, or `model(*example_input)` for a tuple, without changing its modes or the random state; in
-    evaluation mode, or with `training` in the modes that it is in."""
+    """`model(example_input)`, or `model(*example_input)` for a tuple, without changing its modes or the random state;
+    in evaluation mode, or with `training` in the modes that it is in."""
     modes = {module: module.training for module in model.modules()}
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}

@@ -92,7 +92,7 @@ def test_latency(monkeypatch):
     assert "latency, batch 32" in report.to_markdown()
 
 
-def quick(functions, device="cpu"):
+def quick(functions, device="cpu", *_):
     return median_ms(functions, device, 0.001, 1)
 
 

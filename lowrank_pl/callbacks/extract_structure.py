@@ -11,7 +11,7 @@ from torch import nn
 
 from lowrank_pl.callbacks.compression_callback import CompressionCallback
 from lowrank_pl.callbacks.quiet import check_copyable
-from lowrank_pl.extraction import difference, extract, part_of
+from lowrank_pl.extraction import difference, extract, part_of, under
 from lowrank_pl.report import Report, summarize, summarize_layers
 from lowrank_pl.storage import save_compressed
 from lowrank_pl.surgery import Trace, detached_copy, uncopyable
@@ -22,16 +22,14 @@ class ExtractStructure(pl.Callback):
 
     Needs a compressing callback such as `DeepTwist` beside it, in any order; takes the factors of its last projection.
     With `submodule`, a dotted name such as `"net"`, that part of the LightningModule is what is extracted, and nothing
-    else is copied; else all of it. With `dirpath` it is saved there, for `load_compressed`, before anything is measured.
-    Timing, of what fits into memory and about a minute, is left out with `latency=False`.
+    else is copied; else all of it. With `dirpath` it is saved there, for `load_compressed`, before anything is
+    measured. Timing, of what fits into memory and about a minute, is left out with `latency=False`.
 
     Raises `ValueError` at setup for a part that does not exist or cannot be copied. At the end of a fit only the
     verification of a layer raises; what else goes wrong is a warning.
     """
 
-    def __init__(
-        self, dirpath: str | Path | None = None, submodule: str | None = None, latency: bool = True
-    ) -> None:
+    def __init__(self, dirpath: str | Path | None = None, submodule: str | None = None, latency: bool = True) -> None:
         if not isinstance(latency, bool):
             raise TypeError(f"Expected argument `latency` to be True or False but got {latency!r}")
         self.dirpath, self.submodule, self.latency = dirpath, submodule, latency
@@ -70,21 +68,22 @@ class ExtractStructure(pl.Callback):
         if self.dirpath is not None and trainer.is_global_zero:
             save_compressed(self.extracted, self.dirpath)
         if left_out:
-            warnings.warn(f"The extracted network is without what cannot be copied: {', '.join(left_out)}", stacklevel=2)
+            warnings.warn(
+                f"The extracted network is without what cannot be copied: {', '.join(left_out)}", stacklevel=2
+            )
         dense = detached_copy(part, shared)
         _forget(dense, shared)
         self._compare(dense, method.trace)
         self._measure(dense, method.trace)
 
     def _compare(self, dense: nn.Module, trace: Trace | None) -> None:
-        """Warn where the whole network is not the projected one."""
+        """Warn where the whole network, or a part that `training_step` calls, is not the projected one."""
         assert self.extracted is not None
-        name = self.submodule or ""
-        if trace is None or name not in trace.arguments:
-            return
-        problem = difference(dense, self.extracted, trace.arguments[name])
-        if problem is not None:
-            warnings.warn(f"The extracted network is not the projected one: {problem}", stacklevel=2)
+        arguments = {} if trace is None else under(self.submodule or "", trace.arguments)
+        for name in [""] if "" in arguments else arguments:
+            problem = difference(dense, self.extracted, arguments[name], name)
+            if problem is not None:
+                warnings.warn(f"The extracted network is not the projected one: {problem}", stacklevel=2)
 
     def _measure(self, dense: nn.Module, trace: Trace | None) -> None:
         """On the inputs that this part was called with, or, layer by layer, on those of its layers."""

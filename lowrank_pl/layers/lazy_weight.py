@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_map_only
 
 # what code asks of a weight without reading it
 _QUESTIONS = frozenset({
-    *(getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_cuda", "layout", "ndim", "requires_grad", "shape")),
-    Tensor.__len__, Tensor.dim, Tensor.element_size, Tensor.get_device, Tensor.is_complex, Tensor.is_floating_point,
+    Tensor.device.__get__, Tensor.dtype.__get__, Tensor.is_cuda.__get__, Tensor.layout.__get__, Tensor.ndim.__get__,
+    Tensor.requires_grad.__get__, Tensor.shape.__get__, Tensor.__len__, Tensor.dim, Tensor.element_size, Tensor.get_device, Tensor.is_complex, Tensor.is_floating_point,
     Tensor.numel, Tensor.size, torch.is_complex, torch.is_floating_point, torch.numel,
 })  # fmt: skip
 
@@ -43,7 +43,7 @@ class LazyWeight(Tensor):
 
 def weight_of_factors(factor: Tensor, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Tensor:
     """The weight of a layer that holds factors, of which `factor` is one; compiled and traced code gets it at once."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return make()
     # NaN, should anything past PyTorch's own operations look at its memory
     like = factor.detach().new_full((), torch.nan).expand(shape).requires_grad_(factor.requires_grad)
