@@ -34,8 +34,8 @@ class Compression:
         weight = self.module.weight
         if not isinstance(weight, nn.Parameter):
             raise TypeError(
-                f"Layer {self.name!r}: expected its weight to stay a Parameter but it is a {type(weight).__name__} now, "
-                "as torch.nn.utils.prune and parametrizations make it: do that before the fit, or after it"
+                f"Layer {self.name!r}: expected its weight to stay a Parameter but it is a {type(weight).__name__} "
+                "now, as torch.nn.utils.prune and parametrizations make it: do that before the fit, or after it"
             )
         return weight
 

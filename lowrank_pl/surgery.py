@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from lowrank_pl.layers import LAYER_TYPES, FactorChain, LazyWeight
 
+READ = "its weight is read by another module, too"
 SAMPLES = 2  # inputs kept per layer, to verify the extracted layer on
 
 
@@ -125,9 +126,8 @@ class Recorder:
         self._trace, self._stack = Trace(), ExitStack()
         self._outputs: dict[int, tuple[str, weakref.ref[Tensor]]] = {}
         self._inside: list[nn.Module] = []  # whose forward runs, innermost last
-        self._read: set[str] = set()
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
-            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        self.read: set[str] = set()
+        self._stack.enter_context(eager())
         for name, module in [("", model), *model.named_children()]:
             handle = module.register_forward_pre_hook(self._argument_listener(clean_name(name)))
             self._stack.callback(handle.remove)
@@ -146,8 +146,8 @@ class Recorder:
 
     def stop(self) -> Trace:
         self._stack.close()
-        for name in self._read & self._trace.calls.keys():
-            self._trace.odd[name] = "its weight is read by another module, too"
+        for name in self.read & self._trace.calls.keys():
+            self._trace.odd[name] = READ
         return self._trace
 
     def _enter(self, module: nn.Module, _: Any) -> None:
@@ -162,7 +162,7 @@ class Recorder:
             return weight
 
         def read() -> Tensor:
-            self._read.add(name)
+            self.read.add(name)
             return weight
 
         return LazyWeight.of(weight, read)
@@ -221,6 +221,14 @@ def _unwatch(layer: nn.Module) -> None:
     layer._parameters = dict(layer._parameters)
 
 
+def eager() -> AbstractContextManager[None]:
+    """Inside of it, compiled code runs as it was written."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
 def record(model: nn.Module, example_input: Any, training: bool = False) -> Trace:
     """The trace of a forward pass of a copy in evaluation mode, without gradient.
 
@@ -229,9 +237,10 @@ def record(model: nn.Module, example_input: Any, training: bool = False) -> Trac
     raised where neither runs.
     """
     traces, problems = [], []
+    read: set[str] = set()
     for own in (False, True) if training and model.training else (False,):
         try:
-            traces.append(_record(model, example_input, own))
+            traces.append(_record(model, example_input, own, read))
         except Exception as error:  # batch norm, for instance, refuses a single input in training
             problems.append(error)
     if not traces:
@@ -241,16 +250,20 @@ def record(model: nn.Module, example_input: Any, training: bool = False) -> Trac
         trace.calls = other.calls | trace.calls
         trace.samples = other.samples | trace.samples
         trace.odd = other.odd | trace.odd
+    for name in read & trace.calls.keys():
+        trace.odd.setdefault(name, READ)
     return trace
 
 
-def _record(model: nn.Module, example_input: Any, training: bool) -> Trace:
+def _record(model: nn.Module, example_input: Any, training: bool, read: set[str]) -> Trace:
+    """One pass; adds the layers whose weight others read, whether they run themselves or not."""
     model = detached_copy(model)
     recorder = Recorder(model)
     try:
         run(model, example_input, training)
     finally:
         trace = recorder.stop()
+    read |= recorder.read
     return trace
 
 

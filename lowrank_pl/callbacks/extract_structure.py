@@ -71,34 +71,33 @@ class ExtractStructure(pl.Callback):
             warnings.warn(
                 f"The extracted network is without what cannot be copied: {', '.join(left_out)}", stacklevel=2
             )
-        dense = detached_copy(part, shared)
-        _forget(dense, shared)
-        self._compare(dense, method.trace)
-        self._measure(dense, method.trace)
+        try:
+            self._compare(part, method.trace)
+            self.report = self._measured(part, method.trace, shared)
+        except Exception as error:  # of any kind: the network's own code, and memory
+            self.report = summarize_layers(part, self.extracted, Trace(), latency=False)
+            warnings.warn(
+                f"The network has been extracted but not measured: {type(error).__name__}: {error}", stacklevel=2
+            )
 
-    def _compare(self, dense: nn.Module, trace: Trace | None) -> None:
+    def _compare(self, projected: nn.Module, trace: Trace | None) -> None:
         """Warn where the whole network, or a part that `training_step` calls, is not the projected one."""
         assert self.extracted is not None
         arguments = {} if trace is None else under(self.submodule or "", trace.arguments)
         for name in [""] if "" in arguments else arguments:
-            problem = difference(dense, self.extracted, arguments[name], name)
+            problem = difference(projected, self.extracted, arguments[name], name)
             if problem is not None:
                 warnings.warn(f"The extracted network is not the projected one: {problem}", stacklevel=2)
 
-    def _measure(self, dense: nn.Module, trace: Trace | None) -> None:
+    def _measured(self, part: nn.Module, trace: Trace | None, shared: tuple[Any, ...]) -> Report:
         """On the inputs that this part was called with, or, layer by layer, on those of its layers."""
         assert self.extracted is not None
         name, trace = self.submodule or "", Trace() if trace is None else trace
-        try:
-            if name in trace.arguments:
-                self.report = summarize(dense, self.extracted, trace.arguments[name], self.latency)
-            else:
-                self.report = summarize_layers(dense, self.extracted, trace.under(name), self.latency)
-        except Exception as error:  # of any kind: the network's own code, and memory
-            self.report = summarize_layers(dense, self.extracted, Trace(), latency=False)
-            warnings.warn(
-                f"The network has been extracted but not measured: {type(error).__name__}: {error}", stacklevel=2
-            )
+        dense = detached_copy(part, shared)
+        _forget(dense, shared)
+        if name in trace.arguments:
+            return summarize(dense, self.extracted, trace.arguments[name], self.latency)
+        return summarize_layers(dense, self.extracted, trace.under(name), self.latency)
 
     def _method(self, trainer: pl.Trainer) -> CompressionCallback:
         methods = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]  # type: ignore[attr-defined]

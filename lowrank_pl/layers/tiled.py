@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,14 +57,53 @@ def weight_of_tiles(spec: LayerSpec, grids: Sequence[Grid]) -> Tensor:
     return torch.cat([torch.cat(row, dim=1) for row in rows.values()]).reshape(spec.operator_shape)
 
 
+def portable(
+    x: Tensor,
+    left: list[Tensor],
+    right: list[Tensor],
+    bias: Tensor | None,
+    shape: list[int],
+    stride: list[int],
+    dilation: list[int],
+    padding: list[int],
+    mode: str,
+) -> Tensor:
+    """A `TiledLayer` that runs dense, in words that TorchScript knows; the regions' sizes are those of their factors."""
+    rows: list[Tensor] = []
+    row: list[Tensor] = []
+    width, columns = 0, 1
+    for size in shape[1:]:
+        columns *= size
+    for a, b in zip(left, right):  # noqa: B905 (TorchScript knows no `strict`)
+        m, n = a.shape[0], b.shape[0]
+        tiles = torch.einsum("ihjr,jirw->ihjw", a.unflatten(2, (n, -1)), b.unflatten(1, (m, -1)))
+        row.append(tiles.reshape(m * a.shape[1], n * b.shape[2]))
+        width += n * b.shape[2]
+        if width == columns:
+            rows.append(torch.cat(row, dim=1))
+            row, width = [], 0
+    weight = torch.cat(rows).reshape(shape)
+    if len(shape) == 2:
+        return F.linear(x, weight, bias)
+    if max(padding) > 0:
+        x = F.pad(x, padding, mode)
+    return F.conv2d(x, weight, bias, stride, 0, dilation)
+
+
+torch.fx.wrap("portable")  # which loops and branches, as torch.fx cannot follow
+
+
 class TiledLayer(nn.Module):
     """A linear layer or 2-d convolution whose lowered weight is a grid of tiles of rank at most `rank`.
 
     Parameters per region of `tile_regions` with `m x n` tiles of `h x w`, rank `r = min(rank, h, w)`:
     `left.i` `[m, h, n r]` and `right.i` `[n, m r, w]`. With `run="factors"` the layer multiplies by them (im2col and
     two batched products); with `run="dense"` it rebuilds the weight once, when first used, and runs as the dense
-    layer does: a small file at dense speed. Rebuilt whenever a factor has changed.
+    layer does: a small file at dense speed. Rebuilt whenever a factor has changed. In `torch.jit.script` and `torch.fx`
+    it runs dense, and rebuilds at every call.
     """
+
+    __jit_unused_properties__ = ("weight",)  # for torch.jit.script
 
     def __init__(self, spec: LayerSpec, tile: int, rank: int, bias: bool, run: Run) -> None:
         super().__init__()
@@ -76,6 +116,9 @@ class TiledLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(spec.out_channels)) if bias else None
         for factor in (*self.left, *self.right):
             nn.init.normal_(factor, std=(rank * spec.num_weights / spec.out_channels) ** -0.25)
+        self._stride, self._dilation = list(spec.stride), list(spec.dilation)
+        self._shape, self._padding = list(spec.operator_shape), _amounts(spec)
+        self._mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
         self._dense: tuple[Any, Tensor] | None = None
 
     @property
@@ -92,6 +135,19 @@ class TiledLayer(nn.Module):
         return [(m, n, self.left[i], self.right[i]) for i, (m, n) in enumerate(self.regions)]
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._portable(x)
+        else:  # which TorchScript leaves out
+            return self._forward(x)
+
+    def _portable(self, x: Tensor) -> Tensor:
+        left = [factor for factor in self.left]
+        right = [factor for factor in self.right]
+        return portable(x, left, right, self.bias, self._shape, self._stride, self._dilation, self._padding, self._mode)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            return self._portable(x)
         return self._forward_dense(x) if self.run == "dense" else self._forward_factors(x)
 
     def _forward_dense(self, x: Tensor) -> Tensor:
@@ -105,7 +161,8 @@ class TiledLayer(nn.Module):
     def _weight(self) -> Tensor:
         factors = [factor for _, _, left, right in self._grids() for factor in (left, right)]
         wants_grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
-        if wants_grad or torch.compiler.is_compiling() or factors[0].is_inference():  # without versions
+        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if wants_grad or traced or factors[0].is_inference():  # the last ones are without versions
             return self.dense_weight()
         key = [(factor.data_ptr(), factor._version) for factor in factors]
         if self._dense is None or self._dense[0] != key:
@@ -140,14 +197,7 @@ class TiledLayer(nn.Module):
         return torch.cat(list(rows.values()), dim=1)
 
     def _pad(self, x: Tensor) -> Tensor:
-        spec = self.spec
-        if spec.padding == "same":  # as PyTorch: the odd one goes behind
-            totals = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]
-            amounts = [(total // 2, total - total // 2) for total in totals]
-        else:
-            amounts = [(int(p), int(p)) for p in spec.padding]
-        mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
-        return F.pad(x, [n for pair in reversed(amounts) for n in pair], mode=mode)
+        return F.pad(x, self._padding, mode=self._mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TiledLayer:
         self._dense = None
@@ -161,3 +211,13 @@ class TiledLayer(nn.Module):
         return (
             f"{self.spec.out_channels} x {self.spec.in_channels}, tile={self.tile}, rank={self.rank}, run={self.run!r}"
         )
+
+
+def _amounts(spec: LayerSpec) -> list[int]:
+    """The padding as `F.pad` takes it, the last axis first."""
+    if spec.padding == "same":  # as PyTorch: the odd one goes behind
+        totals = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]
+        amounts = [(total // 2, total - total // 2) for total in totals]
+    else:
+        amounts = [(int(p), int(p)) for p in spec.padding]
+    return [n for pair in reversed(amounts) for n in pair]
