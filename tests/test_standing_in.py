@@ -69,7 +69,7 @@ def test_reads_are_reads(read):
 
 @pytest.mark.parametrize("method", ["svd", TiledSVD(8), TiledSVD(8, "factors")])
 def test_the_weight_of_factors_is_their_product(method):
-    """Without an example, nobody knows that a weight is read: what is read is right, and gradients reach the factors."""
+    """Without an example nobody knows that a weight is read: what is read is right, and gradients reach factors."""
     net = nn.Sequential(nn.Linear(16, 32), nn.Conv2d(16, 8, 3))
     small = compress(net, method, RANK, EVERYTHING)
     x, y = torch.randn(4, 16), torch.randn(2, 16, 5, 5)

@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_map_only
 # what code asks of a weight without reading it
 _QUESTIONS = frozenset({
     Tensor.device.__get__, Tensor.dtype.__get__, Tensor.is_cuda.__get__, Tensor.layout.__get__, Tensor.ndim.__get__,
-    Tensor.requires_grad.__get__, Tensor.shape.__get__, Tensor.__len__, Tensor.dim, Tensor.element_size,
-    Tensor.get_device, Tensor.is_complex, Tensor.is_floating_point, Tensor.numel, Tensor.size, torch.is_complex, torch.is_floating_point, torch.numel,
+    Tensor.requires_grad.__get__, Tensor.shape.__get__,
+    Tensor.__len__, Tensor.dim, Tensor.element_size, Tensor.get_device, Tensor.is_complex, Tensor.is_floating_point,
+    Tensor.numel, Tensor.size, torch.is_complex, torch.is_floating_point, torch.numel,
 })  # fmt: skip
 
 

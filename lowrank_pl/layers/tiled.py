@@ -68,7 +68,7 @@ def portable(
     padding: list[int],
     mode: str,
 ) -> Tensor:
-    """A `TiledLayer` that runs dense, in words that TorchScript knows; the regions' sizes are those of their factors."""
+    """A `TiledLayer` that runs dense, in words that TorchScript knows: regions are as large as their factors say."""
     rows: list[Tensor] = []
     row: list[Tensor] = []
     width, columns = 0, 1
@@ -116,8 +116,9 @@ class TiledLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(spec.out_channels)) if bias else None
         for factor in (*self.left, *self.right):
             nn.init.normal_(factor, std=(rank * spec.num_weights / spec.out_channels) ** -0.25)
-        self._stride, self._dilation = list(spec.stride), list(spec.dilation)
-        self._shape, self._padding = list(spec.operator_shape), _amounts(spec)
+        # lists of integers, as TorchScript keeps them, and none of them empty, since it could not tell the type
+        self._stride, self._dilation = list(spec.stride) or [1], list(spec.dilation) or [1]
+        self._shape, self._padding = list(spec.operator_shape), _amounts(spec) or [0]
         self._mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
         self._dense: tuple[Any, Tensor] | None = None
 

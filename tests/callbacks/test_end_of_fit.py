@@ -98,7 +98,7 @@ def test_latency_can_be_left_out(tmp_path, monkeypatch):
         extract = ExtractStructure(submodule="net", latency=latency)
         fit(tmp_path, Module(), extract)
         assert bool(extract.report.dense.latency_ms) == latency
-    with pytest.raises(TypeError, match="latency.*5"):
+    with pytest.raises(TypeError, match=r"latency.*5"):
         ExtractStructure(latency=5)
 
 
