@@ -81,7 +81,8 @@ def portable(
         width += n * b.shape[2]
         if width == columns:
             rows.append(torch.cat(row, dim=1))
-            row, width = [], 0
+            row.clear()
+            width = 0
     weight = torch.cat(rows).reshape(shape)
     if len(shape) == 2:
         return F.linear(x, weight, bias)
