@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 # what code asks of a weight without reading it
+_PROPERTIES = ("device", "dtype", "is_cuda", "layout", "ndim", "requires_grad", "shape")
 _QUESTIONS = frozenset({
-    Tensor.device.__get__, Tensor.dtype.__get__, Tensor.is_cuda.__get__, Tensor.layout.__get__, Tensor.ndim.__get__,
-    Tensor.requires_grad.__get__, Tensor.shape.__get__,
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
     Tensor.__len__, Tensor.dim, Tensor.element_size, Tensor.get_device, Tensor.is_complex, Tensor.is_floating_point,
     Tensor.numel, Tensor.size, torch.is_complex, torch.is_floating_point, torch.numel,
 })  # fmt: skip

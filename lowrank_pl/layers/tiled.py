@@ -137,7 +137,7 @@ class TiledLayer(nn.Module):
         return [(m, n, self.left[i], self.right[i]) for i, (m, n) in enumerate(self.regions)]
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._portable(x)
         else:  # which TorchScript leaves out
             return self._forward(x)
