@@ -30,9 +30,13 @@ class Compression:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The weight as the module holds it."""
+        """The weight as the module holds it. Raises `TypeError` if it is none any more."""
         weight = self.module.weight
-        assert isinstance(weight, nn.Parameter)
+        if not isinstance(weight, nn.Parameter):
+            raise TypeError(
+                f"Layer {self.name!r}: expected its weight to stay a Parameter but it is a {type(weight).__name__} "
+                "now, as torch.nn.utils.prune and parametrizations make it: do that before the fit, or after it"
+            )
         return weight
 
     def read(self) -> Tensor:

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lowrank_pl.compression import Plan
 from lowrank_pl.planning import MethodChoice, RankChoice, make_plan
 from lowrank_pl.structures import Dense, Structure
-from lowrank_pl.surgery import Trace, detached_copy, find_layers, record, replace_layers
+from lowrank_pl.surgery import (
+    Trace,
+    clean_name,
+    detached_copy,
+    eager,
+    find_layers,
+    record,
+    replace_layers,
+    run,
+    without_hooks,
+)
 from lowrank_pl.targets import Targets
 from lowrank_pl.timing import median_ms
+
+T = TypeVar("T")
 
 TOLERANCE = 1e-4
 RECORD = "lowrank_pl_record"  # the attribute of an extracted module that says what was done to it
@@ -35,16 +50,26 @@ def compress(
     or a tuple of arguments) the model runs once: layers that it never calls stay dense, "first" and "last" follow the
     order of running, and the copy is verified on the layers' real inputs. Without it the order of registration counts,
     and a layer whose weight another module reads directly is recognized only inside `nn.MultiheadAttention`.
+
+    Layers that an earlier call has compressed stay as they are. Raises `RuntimeError` where the copy, as a whole or one
+    of its layers, does not compute what the model with projected weights does.
     """
     try:
-        trace = None if example_input is None else record(model, example_input)
+        trace = None if example_input is None else record(model, example_input, training=True)
     except Exception as error:
         raise ValueError(f"The model does not run on argument `example_input`: {error}") from error
     plan = make_plan(model, method, rank, targets, trace)
     problems = plan.problems()
     choices = plan.choose_ranks(problems)
     notes = {c.name: c.note(choices[c.name]) for c in plan.compressions}
-    return extract(model, plan, plan.factor(choices, problems), notes, trace)
+    structures = plan.factor(choices, problems)
+    extracted = extract(model, plan, structures, notes, trace)
+    if example_input is not None:
+        arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+        problem = difference(_projected(model, structures), extracted, arguments)
+        if problem is not None:
+            raise RuntimeError(f"The compressed network is not the projected one: {problem}")
+    return extracted
 
 
 def extract(
@@ -55,8 +80,10 @@ def extract(
     trace: Trace | None = None,
     shared: tuple[Any, ...] = (),
     in_memory: bool = False,
+    part: str = "",
 ) -> nn.Module:
-    """A deep copy of `model` with a module of factors for every structure that is not dense.
+    """A deep copy of `model`, or of the `part` of that name alone, with a module of factors for every structure that is
+    not dense.
 
     Each is compared in float64 with the layer that it replaces, on inputs from the trace (on random ones where there
     are none): `RuntimeError` with the layer's name if outputs differ by more than 1e-4. The layer runs with the
@@ -65,16 +92,22 @@ def extract(
     structure that can compute in several forms takes the one that is faster on those inputs. Objects in `shared`, such
     as a trainer, are not copied.
     """
-    extracted = detached_copy(model, shared)
+    extracted = detached_copy(part_of(model, part), shared)
     layers = find_layers(extracted)
     replacements: dict[nn.Module, nn.Module] = {}
+    earlier = _earlier(extracted)
     entries: dict[str, Any] = {}
-    notes = {**plan.dense, **notes}
-    for c in plan.compressions:
-        structure = structures[c.name]
-        if isinstance(structure.layout, Dense):
+    reasons = {**plan.dense, **notes}
+    whole = {layer: name for name, layer in find_layers(model).items()}
+    names = {name: whole[layer] for name, layer in find_layers(part_of(model, part)).items()}  # those of the plan
+    notes = earlier["notes"] | {name: reasons[names[name]] for name in layers if names[name] in reasons}
+    compressions = {c.name: c for c in plan.compressions}
+    for name in layers:
+        c = compressions.get(names[name])
+        if c is None or isinstance(structures[c.name].layout, Dense):
             continue
-        layer = layers[c.name]
+        structure = structures[c.name]
+        layer = without_hooks(layers[name])
         seen = trace is not None and c.name in trace.samples
         x = _sample(layer, c.layer.kernel, trace.samples[c.name] if trace is not None and seen else None)
         forms = [structure.with_layout(layout) for layout in structure.layout.forms()]
@@ -84,14 +117,40 @@ def extract(
             _verify(c.name, layer, structure, in_memory, module, x)
         fastest = _fastest(modules, x) if seen and len(modules) > 1 else 0
         layout = forms[fastest].layout
-        notes[c.name] = "; ".join(filter(None, [notes.get(c.name, ""), layout.note]))
-        replacements[layer] = modules[fastest]
-        entries[c.name] = {"structure": layout.to_dict(), "replaces": c.layer.to_dict()}
+        notes[name] = "; ".join(filter(None, [notes.get(name, ""), layout.note]))
+        replacements[layers[name]] = modules[fastest]
+        entries[name] = {"structure": layout.to_dict(), "replaces": c.layer.to_dict()}
     if not entries:
         warnings.warn("No layer was compressed: all of them stay dense. See the table of reasons.", stacklevel=2)
     extracted = replace_layers(extracted, replacements)
-    setattr(extracted, RECORD, {"layers": entries, "notes": notes})
+    setattr(extracted, RECORD, {"layers": earlier["layers"] | entries, "notes": notes})
     return extracted
+
+
+def part_of(model: nn.Module, name: str) -> nn.Module:
+    """The submodule of that name, which is without what `torch.compile` adds. Raises `ValueError` if there is none."""
+    parts: dict[str, nn.Module] = {clean_name(own): module for own, module in model.named_modules()}
+    if name not in parts:
+        raise ValueError(
+            f"Expected argument `submodule` to name a part of {type(model).__name__} but got {name!r}; it has "
+            f"{', '.join(name for name, _ in model.named_children())}"
+        )
+    return parts[name]
+
+
+def under(part: str, named: Mapping[str, T]) -> dict[str, T]:
+    """What belongs to a part, under the part's own names."""
+    inside = {name: value for name, value in named.items() if not part or f"{name}.".startswith(f"{part}.")}
+    return {name[len(part) :].lstrip("."): value for name, value in inside.items()}
+
+
+def _earlier(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The record of what was compressed before, in the model or in parts of it."""
+    found: dict[str, dict[str, Any]] = {"layers": {}, "notes": {}}
+    for start, module in model.named_modules():
+        for key, entries in getattr(module, RECORD, {}).items():
+            found[key] |= {f"{start}.{name}".strip("."): value for name, value in entries.items()}
+    return found
 
 
 def extracted_part(whole: nn.Module, name: str) -> nn.Module:
@@ -105,6 +164,88 @@ def extracted_part(whole: nn.Module, name: str) -> nn.Module:
     }
     setattr(part, RECORD, shares)
     return part
+
+
+def _projected(model: nn.Module, structures: Mapping[str, Structure]) -> nn.Module:
+    """A copy of the model with the weights that the structures make."""
+    projected = detached_copy(model)
+    layers = find_layers(projected)
+    with torch.no_grad():
+        for name, structure in structures.items():
+            layers[name].weight.copy_(structure.reconstruct())  # type: ignore[operator]
+            if structure.bias is not None:
+                layers[name].bias = nn.Parameter(structure.bias)
+    return projected
+
+
+def difference(projected: nn.Module, extracted: nn.Module, arguments: tuple[Any, ...], part: str = "") -> str | None:
+    """Run a network with projected weights and what was extracted from it, both as a whole and in evaluation mode: what
+    differs, in words, or None. Or that `part` of both that takes the arguments.
+
+    Their outputs, and which of the compressed layers run: an extracted network may call layers of another one, and
+    give its output. Nothing is said where the projected network does not run, or differs as much from itself after
+    rounding: by random numbers of its own, or because it decides by a threshold. Both are left as they were.
+    """
+    names = list(under(part, getattr(extracted, RECORD)["layers"]))
+    projected, extracted = projected.get_submodule(part), extracted.get_submodule(part)
+    try:
+        expected = _heard(projected, names, arguments)
+    except Exception:  # of any kind: its own code, in a mode that it may not know
+        return None
+    try:
+        problem = _compare(_heard(extracted, names, arguments), expected)
+    except Exception as error:
+        return f"it does not run ({type(error).__name__}: {error})"
+    if problem is None:
+        return None
+    with _rounded(projected):
+        unsteady = _compare(_heard(projected, names, arguments), expected)
+    return None if unsteady else problem
+
+
+def _heard(model: nn.Module, names: Sequence[str], arguments: tuple[Any, ...]) -> tuple[set[str], list[Any]]:
+    """Which of the named modules run, and the leaves of the output."""
+    ran: set[str] = set()
+    handles = [model.get_submodule(n).register_forward_pre_hook(lambda *_, n=n: ran.add(n)) for n in names]
+    try:
+        with eager():  # compiled code would not call hooks
+            return ran, tree_leaves(run(model, arguments))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _rounded(model: nn.Module) -> Iterator[None]:
+    """An error of a few last bits in every parameter, for as long as it lasts."""
+    saved = [(p, p.detach().clone()) for p in model.parameters() if p.is_floating_point()]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for p, value in saved:
+            noise = torch.randn(p.shape, generator=generator).to(value)
+            p.detach().mul_(1 + 8 * torch.finfo(p.dtype).eps * noise)
+        yield
+    finally:
+        for p, value in saved:
+            p.detach().copy_(value)
+
+
+def _compare(found: tuple[set[str], list[Any]], expected: tuple[set[str], list[Any]]) -> str | None:
+    different = found[0] ^ expected[0]
+    if different:
+        return f"layer {min(different)!r} runs in one of them alone"
+    for a, b in zip_longest(found[1], expected[1]):
+        if not (isinstance(b, Tensor) and (b.is_floating_point() or b.is_complex())):
+            continue
+        if not isinstance(a, Tensor) or a.shape != b.shape:
+            return f"expected an output of shape {list(b.shape)} but got {list(getattr(a, 'shape', []))}"
+        finite = torch.isfinite(b)  # masks may hold infinite numbers
+        exact = torch.complex128 if b.is_complex() else torch.float64
+        a, b, tolerance = a[finite].to(exact), b[finite].to(exact), max(1e-2, 10 * torch.finfo(b.dtype).eps)
+        error, scale = (float(torch.linalg.vector_norm(x)) for x in (a - b, b))
+        if not error <= tolerance * scale + torch.finfo(torch.float32).tiny:
+            return f"outputs differ by {error / max(scale, 1e-300):.1e} of their norm; expected at most {tolerance:.0e}"
+    return None
 
 
 def _sample(layer: nn.Module, kernel: tuple[int, ...], recorded: Tensor | None) -> Tensor:
@@ -144,6 +285,9 @@ def _fastest(modules: list[nn.Module], x: Tensor) -> int:
     """The place of the module that takes the least time on this device."""
     trials = [copy.deepcopy(module).eval() for module in modules]
     x = x.to(next(modules[0].parameters()).dtype)
-    with torch.no_grad():
-        times = median_ms([partial(trial, x) for trial in trials], x.device.type, seconds=0.02, rounds=3)
+    try:
+        with torch.no_grad():
+            times = median_ms([partial(trial, x) for trial in trials], x.device.type, seconds=0.02, rounds=3)
+    except RuntimeError:  # too little memory for one of them: the first one needs no more than the dense layer
+        return 0
     return times.index(min(times))

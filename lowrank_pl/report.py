@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich import box
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,11 +23,23 @@ from lowrank_pl.extraction import RECORD
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
 from lowrank_pl.structures import Dense, Layout, layout_from_dict
-from lowrank_pl.surgery import Trace, find_layers, is_same_computation, num_parameters, record, run
+from lowrank_pl.surgery import (
+    Trace,
+    clean_name,
+    detached_copy,
+    find_layers,
+    is_same_computation,
+    num_parameters,
+    record,
+    run,
+)
 from lowrank_pl.terminal import terminal
-from lowrank_pl.timing import median_ms
+from lowrank_pl.timing import PeakMemory, free_bytes, median_ms
+
+T = TypeVar("T")
 
 BATCHES = (1, 32)
+SECONDS = 60.0  # for all timing of a report; what would take longer is left out
 
 
 @dataclass(frozen=True)
@@ -94,9 +107,11 @@ class Report:
     def _caption(self) -> str:
         threads = "thread" if self.threads == 1 else "threads"
         but = f", without those of {', '.join(self.uncounted)}" if self.uncounted else ""
+        timed = [len(size.latency_ms) for size in (self.dense, *(layer.dense for layer in self.layers)) if size.macs]
+        gaps = " Gaps: more than memory or a minute allows." if len(set(timed)) > 1 else ""
         return (
             f"MACs: multiply-adds for one input{but}. Latency: median, {self.device}, {self.threads} {threads}, "
-            "float32."
+            f"float32.{gaps}"
         )
 
     def _totals(self, accuracy: dict[str, tuple[float, float]]) -> list[list[str]]:
@@ -130,13 +145,14 @@ def summarize(dense: nn.Module, compressed: nn.Module, example_input: Any = None
     """Count and time a network and its compressed copy side by side.
 
     `example_input` is a batch (a tensor, or a tuple of arguments), on the networks' device; MACs are counted by
-    PyTorch's own counter on its first element. Without it, or with `latency=False`, nothing is timed. Both networks
-    are left as they were.
+    PyTorch's own counter on its first element. Without it, or with `latency=False`, nothing is timed; else what fits
+    into memory and about a minute is, the networks first. Both networks are left as they were.
     """
     for argument, network in (("dense", dense), ("compressed", compressed)):
         if not isinstance(network, nn.Module):
             raise TypeError(f"Expected argument `{argument}` to be a module but got {network!r:.100}")
-    missing = find_layers(dense).keys() - {name for name, _ in compressed.named_modules()}
+    named = [{clean_name(name) for name, _ in network.named_modules()} for network in (dense, compressed)]
+    missing = named[0] - named[1]
     if missing:
         raise ValueError(
             f"Expected argument `compressed` to be a copy of `dense`, made by compress() or ExtractStructure, but it "
@@ -145,13 +161,14 @@ def summarize(dense: nn.Module, compressed: nn.Module, example_input: Any = None
     if example_input is None:
         return summarize_layers(dense, compressed, Trace())
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    total = _measure((dense, compressed), arguments, latency)
-    return _report(dense, compressed, record(dense, example_input), total, latency)
+    watch = _Watch(latency)
+    total = _measure((dense, compressed), arguments, watch)
+    return _report(dense, compressed, record(dense, example_input), total, watch)
 
 
-def summarize_layers(dense: nn.Module, compressed: nn.Module, trace: Trace) -> Report:
+def summarize_layers(dense: nn.Module, compressed: nn.Module, trace: Trace, latency: bool = True) -> Report:
     """The same from what a trace knows of the layers alone; the network's MACs are those of its layers."""
-    report = _report(dense, compressed, trace, (Size(0), Size(0)), latency=True)
+    report = _report(dense, compressed, trace, (Size(0), Size(0)), _Watch(latency))
 
     def total(network: nn.Module, sizes: list[Size]) -> Size:
         known = [size.macs for size in sizes if size.macs is not None]
@@ -164,12 +181,12 @@ def summarize_layers(dense: nn.Module, compressed: nn.Module, trace: Trace) -> R
     )
 
 
-def _report(dense: nn.Module, compressed: nn.Module, trace: Trace, total: tuple[Size, Size], latency: bool) -> Report:
+def _report(dense: nn.Module, compressed: nn.Module, trace: Trace, total: tuple[Size, Size], watch: _Watch) -> Report:
     entry = getattr(compressed, RECORD, {"layers": {}, "notes": {}})
     layers = []
-    for name, layer in find_layers(dense).items():
+    for name, layer in watch.shown(list(find_layers(dense).items())):
         layout = _layout(layer, entry["layers"].get(name), trace.inputs(name))
-        sizes = _layer_sizes(name, (layer, compressed.get_submodule(name)), trace, layout, latency)
+        sizes = _layer_sizes(name, (layer, compressed.get_submodule(name)), trace, layout, watch)
         layers.append(LayerSize(name, layout.describe(), *sizes, entry["notes"].get(name, "")))
     parameter = next(dense.parameters(), torch.zeros(()))
     uncounted = sorted({type(module).__name__ for module in dense.modules() if isinstance(module, nn.RNNBase)})
@@ -199,45 +216,87 @@ def _layout(layer: nn.Module, entry: dict[str, Any] | None, inputs: tuple[tuple[
 
 
 def _layer_sizes(
-    name: str, pair: tuple[nn.Module, nn.Module], trace: Trace, layout: Layout, latency: bool
+    name: str, pair: tuple[nn.Module, nn.Module], trace: Trace, layout: Layout, watch: _Watch
 ) -> tuple[Size, Size]:
     """A layer and what replaces it, for one input of the network: all its calls, tokens and windows count."""
     inputs = layout.layer.inputs
     if not inputs or name not in trace.samples:
         return Size(num_parameters(pair[0])), Size(num_parameters(pair[1]))
-    times: dict[str, list[float]] = {}
-    for size in BATCHES if latency else ():
-        batch = _batch((trace.samples[name],), size * inputs[0][0])
-        times[str(size)] = _times([copy.deepcopy(m).eval() for m in pair], batch, batch[0].device)
-    macs = layout.layer.macs, layout.macs
-    first, second = (
-        Size(num_parameters(module), macs[i], {size: ms[i] for size, ms in times.items()})
-        for i, module in enumerate(pair)
-    )
+    batch_of = lambda size: _batch((trace.samples[name],), size * inputs[0][0])  # noqa: E731
+    times = watch.times([_trial(module) for module in pair], batch_of, trace.samples[name].device)
+    first, second = Size(num_parameters(pair[0]), layout.layer.macs), Size(num_parameters(pair[1]), layout.macs)
+    return replace(first, latency_ms=times[0]), replace(second, latency_ms=times[1])
+
+
+def _measure(pair: tuple[nn.Module, nn.Module], arguments: tuple[Any, ...], watch: _Watch) -> tuple[Size, Size]:
+    """Both modules on the same arguments: MACs on one input, latency by batch size."""
+    trials = [_trial(module) for module in pair]
+    macs = [_count_macs(trial, _batch(arguments, 1)) for trial in trials]
+    device = next((p.device for p in pair[0].parameters()), torch.device("cpu"))
+    times = watch.times(trials, lambda size: _batch(arguments, size), device)
+    first, second = (Size(num_parameters(pair[i]), macs[i], times[i]) for i in range(2))
     return first, second
 
 
-def _measure(pair: tuple[nn.Module, nn.Module], arguments: tuple[Any, ...], latency: bool) -> tuple[Size, Size]:
-    """Both modules on the same arguments: MACs on one input, latency by batch size."""
-    trials = [copy.deepcopy(module).eval() for module in pair]
-    macs = [_count_macs(trial, _batch(arguments, 1)) for trial in trials]
-    device = next((p.device for p in pair[0].parameters()), torch.device("cpu"))
-    times: dict[str, list[float]] = {}
-    for size in BATCHES if latency else ():
-        times[str(size)] = _times(trials, _batch(arguments, size), device)
-    sizes = [
-        Size(num_parameters(module), macs[i], {size: ms[i] for size, ms in times.items()})
-        for i, module in enumerate(pair)
-    ]
-    return sizes[0], sizes[1]
+def _trial(module: nn.Module) -> nn.Module:
+    """A copy to be run. Without gradients, for which PyTorch's counter looks, and does not find them where a network
+    hands a view of a parameter to its submodules."""
+    return detached_copy(module).eval().requires_grad_(False)
 
 
-def _times(pair: Sequence[nn.Module], batch: tuple[Any, ...], device: torch.device) -> list[float]:
-    """Milliseconds of both, in turns. What was not replaced takes the same time by construction: no noise of the
-    measurement is shown as a gain."""
-    same = is_same_computation(*pair)
-    ms = median_ms([_runner(module, batch) for module in (pair[:1] if same else pair)], device.type)
-    return [ms[0], ms[-1]]
+class _Watch:
+    """Times two modules side by side, as long as there is time."""
+
+    def __init__(self, wanted: bool) -> None:
+        self._sizes = BATCHES if wanted else ()
+        self._end = time.monotonic() + SECONDS
+
+    def shown(self, layers: list[T]) -> Iterable[T]:
+        """The layers, with a progress bar in a terminal while they are timed."""
+        console = terminal()
+        hidden = not (self._sizes and console.is_terminal)
+        return track(layers, "Timing layers", console=console, transient=True, disable=hidden)
+
+    def times(
+        self, pair: Sequence[nn.Module], batch_of: Callable[[int], tuple[Any, ...]], device: torch.device
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Milliseconds of both by batch size, without the sizes that do not run or fit into memory and time."""
+        found: tuple[dict[str, float], dict[str, float]] = ({}, {})
+        for size in self._sizes:
+            try:
+                ms = self._both(pair, batch_of, size, device)
+            except Exception:  # of any kind: too little memory, or a network that wants batches of another size
+                break
+            if ms is None:
+                break
+            found[0][str(size)], found[1][str(size)] = ms[0], ms[-1]
+        return found
+
+    def _both(
+        self, pair: Sequence[nn.Module], batch_of: Callable[[int], tuple[Any, ...]], size: int, device: torch.device
+    ) -> list[float] | None:
+        """In turns. What was not replaced takes the same time by construction: no noise of the measurement is shown as
+        a gain. None where it would take more than half of the time that is left, or memory that is not there."""
+        modules = pair[:1] if is_same_computation(*pair) else pair
+        probes = [_probe(_runner(module, batch_of(1)), device) for module in modules]
+        free = free_bytes() if device.type == "cpu" else None
+        if free is not None and size * max(taken for _, taken in probes) > free:
+            return None
+        per_round = 2 * size * sum(seconds for seconds, _ in probes)  # `median_ms` calls twice
+        rounds = min(5, int((self._end - time.monotonic()) / 2 / per_round))
+        return (
+            median_ms([_runner(m, batch_of(size)) for m in modules], device.type, 0.1, rounds) if rounds > 0 else None
+        )
+
+
+def _probe(call: Callable[[], Any], device: torch.device) -> tuple[float, int]:
+    """Seconds and bytes that one call takes."""
+    begin = time.perf_counter()
+    with PeakMemory() as memory:
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin, memory.peak
 
 
 def _runner(module: nn.Module, batch: tuple[Any, ...]) -> Callable[[], Any]:

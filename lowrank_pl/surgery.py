@@ -6,9 +6,9 @@ import copy
 import math
 import sys
 import weakref
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from lowrank_pl.layers import LAYER_TYPES
+from lowrank_pl.layers import LAYER_TYPES, FactorChain, LazyWeight
 
+READ = "its weight is read by another module, too"
 SAMPLES = 2  # inputs kept per layer, to verify the extracted layer on
 
 
@@ -28,8 +29,16 @@ def clean_name(name: str) -> str:
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer and convolution by its dotted name, in the order of registration, shared ones once."""
-    return {clean_name(name): module for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)}
+    """Every linear layer and convolution by its dotted name, in the order of registration, shared ones once.
+
+    Those that are the factors of a compressed layer are none.
+    """
+    factors = {link for chain in model.modules() if isinstance(chain, FactorChain) for link in chain}
+    return {
+        clean_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, LAYER_TYPES) and module not in factors
+    }
 
 
 def obstacles(model: nn.Module) -> dict[nn.Module, str]:
@@ -50,8 +59,11 @@ def _obstacle(layer: nn.Module, owners: Mapping[int, int]) -> str | None:
     weight = layer._parameters.get("weight")
     if isinstance(layer, LazyModuleMixin):
         return "lazy: its shape is not known yet"
-    if not isinstance(weight, nn.Parameter):
-        return "its weight is parametrized"
+    if not isinstance(weight, nn.Parameter) or weight.is_complex():
+        return f"its weight is {'complex' if isinstance(weight, nn.Parameter) else 'parametrized'}"
+    own = [*layer._modules, *layer._buffers, *(layer._parameters.keys() - {"weight", "bias"})]
+    if own:  # which whoever put them there will look for
+        return f"has parts of its own: {', '.join(own)}"
     if owners[id(weight)] > 1:
         return "its weight is tied to another module's"
     if type(layer) not in LAYER_TYPES and type(layer).forward not in {kind.forward for kind in LAYER_TYPES}:
@@ -114,16 +126,15 @@ class Recorder:
         self._trace, self._stack = Trace(), ExitStack()
         self._outputs: dict[int, tuple[str, weakref.ref[Tensor]]] = {}
         self._inside: list[nn.Module] = []  # whose forward runs, innermost last
-        self._read: set[str] = set()
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
-            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        self.read: set[str] = set()
+        self._stack.enter_context(eager())
         for name, module in [("", model), *model.named_children()]:
             handle = module.register_forward_pre_hook(self._argument_listener(clean_name(name)))
             self._stack.callback(handle.remove)
         for name, layer in find_layers(model).items():
             handle = layer.register_forward_hook(self._listener(name), with_kwargs=True)
             self._stack.callback(handle.remove)
-            layer._parameters = _Watched(layer._parameters, partial(self._hear_read, name, layer))
+            layer._parameters = _Watched(layer._parameters, partial(self._shown, name, layer))
             self._stack.callback(_unwatch, layer)
         for module in model.modules():
             if module is not model or not hasattr(model, "training_step"):  # whose penalties may read weights
@@ -135,8 +146,8 @@ class Recorder:
 
     def stop(self) -> Trace:
         self._stack.close()
-        for name in self._read & self._trace.calls.keys():
-            self._trace.odd[name] = "its weight is read by another module, too"
+        for name in self.read & self._trace.calls.keys():
+            self._trace.odd[name] = READ
         return self._trace
 
     def _enter(self, module: nn.Module, _: Any) -> None:
@@ -145,9 +156,16 @@ class Recorder:
     def _leave(self, *_: Any) -> None:
         self._inside.pop()
 
-    def _hear_read(self, name: str, layer: nn.Module) -> None:
-        if self._inside and self._inside[-1] is not layer:
-            self._read.add(name)
+    def _shown(self, name: str, layer: nn.Module, weight: Tensor) -> Tensor:
+        """The weight as others see it: a use of its values is heard, a question for its type or shape is none."""
+        if not self._inside or self._inside[-1] is layer or isinstance(layer, LazyModuleMixin):
+            return weight
+
+        def read() -> Tensor:
+            self.read.add(name)
+            return weight
+
+        return LazyWeight.of(weight, read)
 
     def _argument_listener(self, name: str) -> Callable[..., None]:
         def hear(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -188,56 +206,130 @@ class Recorder:
 
 
 class _Watched(dict[str, Any]):
-    """A module's parameters, which say so when `weight` is read."""
+    """A module's parameters, of which `weight` is shown in another way."""
 
-    def __init__(self, parameters: Mapping[str, Any], hear: Callable[[], None]) -> None:
+    def __init__(self, parameters: Mapping[str, Any], show: Callable[[Tensor], Tensor]) -> None:
         super().__init__(parameters)
-        self.hear = hear
+        self.show = show
 
     def __getitem__(self, name: str) -> Any:
-        if name == "weight":
-            self.hear()
-        return super().__getitem__(name)
+        value = super().__getitem__(name)
+        return self.show(value) if name == "weight" and isinstance(value, Tensor) else value
 
 
 def _unwatch(layer: nn.Module) -> None:
     layer._parameters = dict(layer._parameters)
 
 
-def record(model: nn.Module, example_input: Any) -> Trace:
-    """The trace of one forward pass of a copy, in evaluation mode and without gradient."""
-    model = detached_copy(model)
-    recorder = Recorder(model)
-    try:
-        run(model, example_input)
-    finally:
-        trace = recorder.stop()
+def eager() -> AbstractContextManager[None]:
+    """Inside of it, compiled code runs as it was written."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def record(model: nn.Module, example_input: Any, training: bool = False) -> Trace:
+    """The trace of a forward pass of a copy in evaluation mode, without gradient.
+
+    With `training`, of a model in training mode another pass is heard in the modes that it is in, in which other layers
+    may run or have their weights read; one that runs in one of both ways is heard in that. Raises what evaluation
+    raised where neither runs.
+    """
+    traces, problems = [], []
+    read: set[str] = set()
+    for own in (False, True) if training and model.training else (False,):
+        try:
+            traces.append(_record(model, example_input, own, read))
+        except Exception as error:  # batch norm, for instance, refuses a single input in training
+            problems.append(error)
+    if not traces:
+        raise problems[0]
+    trace = traces[0]
+    for other in traces[1:]:
+        trace.calls = other.calls | trace.calls
+        trace.samples = other.samples | trace.samples
+        trace.odd = other.odd | trace.odd
+    for name in read & trace.calls.keys():
+        trace.odd.setdefault(name, READ)
     return trace
 
 
-def run(model: nn.Module, example_input: Any) -> Any:
-    """`model(example_input)`, or `model(*example_input)` for a tuple, evaluated without changing the model."""
+def _record(model: nn.Module, example_input: Any, training: bool, read: set[str]) -> Trace:
+    """One pass; adds the layers whose weight others read, whether they run themselves or not."""
+    model = detached_copy(model)
+    recorder = Recorder(model)
+    try:
+        run(model, example_input, training)
+    finally:
+        trace = recorder.stop()
+    read |= recorder.read
+    return trace
+
+
+def run(model: nn.Module, example_input: Any, training: bool = False) -> Any:
+    """`model(example_input)`, or `model(*example_input)` for a tuple, without changing its modes or the random state;
+    in evaluation mode, or with `training` in the modes that it is in."""
     modes = {module: module.training for module in model.modules()}
     args = example_input if isinstance(example_input, tuple) else (example_input,)
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.no_grad():
-            return model.eval()(*args)
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            return (model if training else model.eval())(*args)
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def detached_copy(model: nn.Module, shared: tuple[Any, ...] = ()) -> nn.Module:
-    """A deep copy without what `torch.compile` wrapped around modules; objects in `shared` are not copied."""
-    memo: dict[int, Any] = {id(thing): thing for thing in shared}
+    """A deep copy without what `torch.compile` wrapped around modules and methods; objects in `shared` are not
+    copied. Raises what an attribute that cannot be copied raises: see `uncopyable`."""
+    memo = _memo(model, shared)
     for module in model.modules():
-        for tensor in _tensors([value for key, value in vars(module).items() if not key.startswith("_")]):
-            if not tensor.is_leaf:  # a loss kept as an attribute, say, which refuses to be copied
-                memo[id(tensor)] = tensor.detach().clone()
         inner = getattr(module, "_orig_mod", None)
         if isinstance(inner, nn.Module):
             memo[id(module)] = copy.deepcopy(inner, memo)
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        _drop_compiled_methods(module)
+    return copied
+
+
+def uncopyable(model: nn.Module, shared: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """The attributes that no copy of the model can have, such as locks, files and generators, by their dotted names.
+
+    Tensors are not copied to find out.
+    """
+    memo = _memo(model, shared)
+    memo |= {id(tensor): tensor for module in model.modules() for tensor in _tensors(vars(module))}
+    memo |= {id(module): module for module in model.modules()}
+    found = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:  # of any kind: what a class of somebody else does
+                found[f"{clean_name(name)}.{attribute}".lstrip(".")] = value
+    return found
+
+
+def _memo(model: nn.Module, shared: tuple[Any, ...]) -> dict[int, Any]:
+    """What deepcopy is to take for the copies of these objects."""
+    memo: dict[int, Any] = {id(thing): thing for thing in shared}
+    for module in model.modules():
+        for tensor in _tensors(vars(module)):
+            if not tensor.is_leaf:  # a loss kept as an attribute, say, which refuses to be copied
+                memo.setdefault(id(tensor), tensor.detach().clone())
+    return memo
+
+
+def _drop_compiled_methods(module: nn.Module) -> None:
+    """Lightning sets compiled methods, closures over the original, on a module that was compiled as a whole."""
+    own = vars(module)
+    if own.get("_compiler_ctx") is not None:
+        for key in own["_compiler_ctx"]:
+            own.pop(key.removeprefix("original_"), None)
+        own["_compiler_ctx"] = None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -249,13 +341,41 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def replace_layers(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put new modules in place of old ones wherever they occur; returns the model, or what replaces it."""
+    """Put new modules in place of old ones wherever they occur; returns the model, or what replaces it.
+
+    A new module gets the old one's hooks and plain attributes, such as `stride`, which the model's code may read.
+    """
+    for old, new in replacements.items():
+        _take_over(old, new)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
     _leave_fast_paths(model, set(replacements.values()))
     return replacements.get(model, model)
+
+
+def _take_over(old: nn.Module, new: nn.Module) -> None:
+    for key, value in vars(old).items():
+        if key in _HOOKS:
+            vars(new)[key] = value
+        elif not key.startswith("_"):
+            vars(new).setdefault(key, value)
+
+
+def without_hooks(layer: nn.Module) -> nn.Module:
+    """The same layer, the same tensors, without anything that others hung on to its call."""
+    bare = copy.copy(layer)
+    vars(bare).update({key: OrderedDict() for key in _HOOKS if isinstance(vars(layer).get(key), OrderedDict)})
+    return bare
+
+
+# what PyTorch keeps about hooks on calls: see `nn.Module.__init__`
+_HOOKS = frozenset(
+    f"_{kind}{detail}"
+    for kind in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    for detail in ("", "_with_kwargs", "_always_called")
+) | {"_is_full_backward_hook"}
 
 
 def _leave_fast_paths(model: nn.Module, replaced: set[nn.Module]) -> None:

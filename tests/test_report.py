@@ -4,6 +4,9 @@ import copy
 import io
 import itertools
 import json
+import os
+import sys
+import time
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from lowrank_pl import BlockSVD, FixedRank, SpatialSVD, Targets, TiledSVD, Tucke
 from lowrank_pl.evaluation import evaluate
 from lowrank_pl.report import median_ms, print_plan
 from lowrank_pl.surgery import is_same_computation
+from lowrank_pl.timing import PeakMemory, free_bytes
 
 X = images(2)[0]
 RANK = FixedRank(2)
@@ -92,7 +96,7 @@ def test_latency(monkeypatch):
     assert "latency, batch 32" in report.to_markdown()
 
 
-def quick(functions, device="cpu"):
+def quick(functions, device="cpu", *_):
     return median_ms(functions, device, 0.001, 1)
 
 
@@ -104,6 +108,59 @@ def test_latency_tells_slow_from_fast(monkeypatch):
     x = torch.randn(1, 2048)
     report = summarize(dense, compressed, x)
     assert report.dense.latency_ms["32"] > 2 * report.compressed.latency_ms["32"]
+
+
+def test_what_takes_too_long_is_not_timed(monkeypatch):
+    """Within the seconds that are stated, the network before its layers, and the smaller batch first."""
+
+    class Slow(nn.Linear):
+        def forward(self, x):
+            time.sleep(0.002 * len(x))
+            return super().forward(x)
+
+    monkeypatch.setattr("lowrank_pl.report.median_ms", lambda functions, *_: [1.0 for _ in functions])
+    dense = nn.Sequential(nn.Linear(16, 16), Slow(16, 16))
+    compressed = compress(dense, "svd", RANK)
+    keys = {}
+    for seconds in (100, 0.1, 0):
+        monkeypatch.setattr("lowrank_pl.report.SECONDS", seconds)
+        report = summarize(dense, compressed, torch.randn(2, 16))
+        keys[seconds] = [list(size.latency_ms) for size in (report.dense, report.layers[1].dense)]
+        assert ("Gaps" in report.to_markdown()) == (seconds == 0.1)
+    assert keys[100] == [["1", "32"], ["1", "32"]]
+    assert keys[0.1][0] == ["1"]
+    assert keys[0] == [[], []]
+
+
+def test_what_does_not_fit_into_memory_is_not_timed(monkeypatch):
+    monkeypatch.setattr("lowrank_pl.report.median_ms", lambda functions, *_: [1.0 for _ in functions])
+    dense, x = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 1024)), torch.randn(2, 1024)
+    for numbers, kept in ((2 * 1024, ["1"]), (2 * 32 * 1024, ["1", "32"])):  # two layers' outputs at a time
+        monkeypatch.setattr("lowrank_pl.report.free_bytes", lambda numbers=numbers: 4 * numbers)
+        assert list(summarize(dense, dense, x).dense.latency_ms) == kept
+
+
+def test_a_network_for_one_input_at_a_time():
+    class One(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.reshape(1, 16))
+
+    net = One(16, 4)
+    assert list(summarize(net, net, torch.randn(1, 16)).dense.latency_ms) == ["1"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_free_memory_is_what_the_system_says():
+    assert 2**20 < free_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("layers", [1, 2, 9])
+def test_peak_memory(layers):
+    """Of a chain of layers: the input and the output of one of them."""
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU(inplace=True)) for _ in range(layers)))
+    with torch.no_grad(), PeakMemory() as memory:
+        net(torch.randn(5, 64))
+    assert memory.peak == 4 * 5 * 64 * min(layers + 1, 3)  # with the input, which is made inside
 
 
 def never_twice_the_same():

@@ -9,10 +9,9 @@ from typing import Any, Literal, TypeAlias
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lowrank_pl.callbacks.listener import Listener
-from lowrank_pl.callbacks.quiet import batch_norms, recalibrate_batch_norms_
+from lowrank_pl.callbacks.quiet import batch_norms, check_copyable, recalibrate_batch_norms_
 from lowrank_pl.callbacks.swap import Swap
 from lowrank_pl.checks import check_int
 from lowrank_pl.compression import Plan
@@ -92,6 +91,8 @@ class CompressionCallback(pl.Callback, ABC):
                     f"`{name}` calls training_step without training, which manual optimization does not allow: leave "
                     f"`{name}` out"
                 )
+            if getattr(self, name, False):
+                check_copyable(pl_module, trainer, f"`{name}`", "leave it out")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._restored:
@@ -249,13 +250,23 @@ def rank_metrics(plan: Plan, choices: Mapping[str, Choice]) -> dict[str, float]:
 
 
 def _check_supported(trainer: pl.Trainer, name: str) -> None:
-    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+    # by name, since `lightning.pytorch` has classes of its own
+    if _bases(trainer.strategy) & {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}:
         raise ValueError(
             f"{name} needs whole weights on every device, but {type(trainer.strategy).__name__} shards them: use "
             "strategy='ddp' or a single device"
+        )
+    if any("ModelPruning" in _bases(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{name} and ModelPruning cannot change the same weights in one fit: prune in a fit of its own, before or "
+            "after"
         )
     if trainer.precision in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
         raise ValueError(
             f"{name} needs float32 weights, since rounding to {trainer.precision!r} undoes the low rank: use "
             f"precision='{str(trainer.precision).split('-')[0]}-mixed'"
         )
+
+
+def _bases(thing: object) -> set[str]:
+    return {kind.__name__ for kind in type(thing).mro()}

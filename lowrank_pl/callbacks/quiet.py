@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -11,14 +11,22 @@ from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor, nn
 
 from lowrank_pl.processes import equalize_
-from lowrank_pl.surgery import detached_copy
+from lowrank_pl.surgery import detached_copy, uncopyable
+
+
+def check_copyable(module: nn.Module, trainer: pl.Trainer, who: str, advice: str) -> None:
+    """Raise `ValueError` that names an attribute of which there can be no copy."""
+    for name, value in uncopyable(module, (trainer,)).items():
+        raise ValueError(
+            f"{who} copies the {type(module).__name__}, but its attribute {name!r} is a {type(value).__name__} that "
+            f"cannot be copied: keep it elsewhere (in the datamodule or a callback, say), or {advice}"
+        )
 
 
 def quiet_copy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
     """A copy that shares the trainer and logs nothing: what its `training_step` does to buffers, metrics and
     attributes is lost with it."""
-    clone = detached_copy(pl_module, shared=(trainer,))
-    assert isinstance(clone, pl.LightningModule)
+    clone = cast(pl.LightningModule, detached_copy(pl_module, shared=(trainer,)))
     clone.trainer = trainer  # a copy of a LightningModule forgets it
     clone.log = clone.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
     return clone

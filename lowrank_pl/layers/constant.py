@@ -31,5 +31,11 @@ class ConstantLayer(nn.Module):
         # memory of its own: what follows may write to it in place
         return value.view(-1, *[1] * axes).expand(shape).clone(memory_format=torch.contiguous_format)
 
+    @property
+    def weight(self) -> Tensor:
+        """Zeros, without memory of their own."""
+        like = torch.zeros(()) if self.bias is None else self.bias.detach()
+        return like.new_zeros(()).expand(self.layer.stored_shape)
+
     def extra_repr(self) -> str:
         return f"{self.layer.in_channels}, {self.layer.out_channels}, kernel={self.layer.kernel}"

@@ -24,9 +24,9 @@ class GroupedLinear(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        vectors = x.reshape(-1, self.groups, self.in_features // self.groups).transpose(0, 1)
-        y = torch.bmm(vectors, self.weight.unflatten(0, (self.groups, -1)).transpose(1, 2))
-        y = y.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
+        vectors = x.unflatten(-1, (self.groups, self.in_features // self.groups))
+        weight = self.weight.unflatten(0, (self.groups, self.out_features // self.groups))
+        y = torch.einsum("...gs,gts->...gt", vectors, weight).flatten(-2)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # under autocast, as nn.Linear
 
     def extra_repr(self) -> str:

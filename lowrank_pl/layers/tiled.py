@@ -8,10 +8,12 @@ from itertools import product
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers.lazy_weight import weight_of_factors
 
 _CONVS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -79,6 +81,44 @@ def weight_of_tiles(spec: LayerSpec, grids: Sequence[Grid]) -> Tensor:
     return stored.reshape(spec.stored_shape)
 
 
+def portable(
+    x: Tensor,
+    left: list[Tensor],
+    right: list[Tensor],
+    bias: Tensor | None,
+    geometry: list[list[int]],
+    groups: int,
+    transposed: bool,
+    mode: str,
+) -> Tensor:
+    """A `TiledLayer` that runs dense, in words that TorchScript knows: regions are as large as their factors say."""
+    shape, columns, margins, stride, padding, dilation, extra = geometry
+    rows: list[Tensor] = []
+    row: list[Tensor] = []
+    width = 0
+    for a, b in zip(left, right):  # noqa: B905 (TorchScript knows no `strict`)
+        m, n = a.shape[0] // groups, b.shape[0] // groups
+        lefts = a.unflatten(0, (groups, -1)).unflatten(3, (n, -1))
+        rights = b.unflatten(0, (groups, -1)).unflatten(2, (m, -1))
+        tiles = torch.einsum("gihjr,gjirw->gihjw", lefts, rights)
+        row.append(tiles.reshape(groups, m * a.shape[1], n * b.shape[2]))
+        width += n * b.shape[2]
+        if width == columns[0]:
+            rows.append(torch.cat(row, dim=2))
+            row.clear()
+            width = 0
+    matrices = torch.cat(rows, dim=1)
+    weight = (matrices.transpose(1, 2) if transposed else matrices).reshape(shape)
+    if len(shape) == 2:
+        return F.linear(x, weight, bias)
+    if max(margins) > 0:
+        x = F.pad(x, margins, mode)
+    return torch.convolution(x, weight, bias, stride, padding, dilation, transposed, extra, groups)
+
+
+torch.fx.wrap("portable")  # which loops and branches, as torch.fx cannot follow
+
+
 class TiledLayer(nn.Module):
     """A linear layer or convolution whose lowered weight is, in each of g groups, tiles of rank at most `rank`.
 
@@ -86,8 +126,10 @@ class TiledLayer(nn.Module):
     `left.i` `[g m, h, n r]` and `right.i` `[g n, m r, w]`. With `run="factors"` the layer multiplies by them (two
     batched products, after im2col, or before col2im in transposed convolutions); with `run="dense"` it rebuilds the
     weight once, when first used, and runs as the dense layer does: a small file at dense speed. Rebuilt whenever a
-    factor has changed.
+    factor has changed. In `torch.jit.script` and `torch.fx` it runs dense, and rebuilds at every call.
     """
+
+    __jit_unused_properties__ = ("weight",)  # for torch.jit.script
 
     def __init__(self, spec: LayerSpec, tile: int, rank: int, bias: bool, run: Run) -> None:
         super().__init__()
@@ -100,7 +142,17 @@ class TiledLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(spec.out_channels)) if bias else None
         for factor in (*self.left, *self.right):
             nn.init.normal_(factor, std=(rank * spec.num_weights / spec.out_channels) ** -0.25)
+        # lists of integers, as TorchScript keeps them, and none of them empty, since it could not tell the type
+        self._padding = _amounts(spec) or [0]
+        self._geometry = _geometry(spec, self._padding)
+        self._groups, self._transposed = spec.groups, spec.kind == "conv_transpose"
+        self._mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
         self._dense: tuple[Any, Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """`dense_weight`, made when its values are needed, for code that asks for its type or shape."""
+        return weight_of_factors(self.left[0], self.spec.stored_shape, self.dense_weight)
 
     def dense_weight(self) -> Tensor:
         """The weight that the tiles make, as PyTorch stores it."""
@@ -111,6 +163,19 @@ class TiledLayer(nn.Module):
         return [(m, n, self.left[i], self.right[i]) for i, (m, n) in enumerate(self.regions)]
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._portable(x)
+        else:  # which TorchScript leaves out
+            return self._forward(x)
+
+    def _portable(self, x: Tensor) -> Tensor:
+        left = [factor for factor in self.left]
+        right = [factor for factor in self.right]
+        return portable(x, left, right, self.bias, self._geometry, self._groups, self._transposed, self._mode)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            return self._portable(x)
         return self._forward_dense(x) if self.run == "dense" else self._forward_factors(x)
 
     def _forward_dense(self, x: Tensor) -> Tensor:
@@ -131,7 +196,8 @@ class TiledLayer(nn.Module):
     def _weight(self) -> Tensor:
         factors = [factor for _, _, left, right in self._grids() for factor in (left, right)]
         wants_grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
-        if wants_grad or torch.compiler.is_compiling() or factors[0].is_inference():  # without versions
+        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if wants_grad or traced or factors[0].is_inference():  # the last ones are without versions
             return self.dense_weight()
         key = [(factor.data_ptr(), factor._version) for factor in factors]
         if self._dense is None or self._dense[0] != key:
@@ -194,14 +260,7 @@ class TiledLayer(nn.Module):
         return y[inside]
 
     def _pad(self, x: Tensor) -> Tensor:
-        spec = self.spec
-        if spec.padding == "same":  # as PyTorch: the odd one goes behind
-            totals = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]
-            amounts = [(total // 2, total - total // 2) for total in totals]
-        else:
-            amounts = [(int(p), int(p)) for p in spec.padding]
-        mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
-        return F.pad(x, [n for pair in reversed(amounts) for n in pair], mode=mode)
+        return F.pad(x, self._padding, mode=self._mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TiledLayer:
         self._dense = None
@@ -215,3 +274,23 @@ class TiledLayer(nn.Module):
         return (
             f"{self.spec.out_channels} x {self.spec.in_channels}, tile={self.tile}, rank={self.rank}, run={self.run!r}"
         )
+
+
+def _geometry(spec: LayerSpec, margins: list[int]) -> list[list[int]]:
+    """Shape, columns of a group's matrix, padding before and in the convolution, and so on, for `portable`."""
+    transposed, nothing = spec.kind == "conv_transpose", [0] * len(spec.kernel)
+    columns = spec.in_channels // spec.groups * (1 if transposed else math.prod(spec.kernel))
+    inside = [int(p) for p in spec.padding] if transposed else nothing
+    extra = list(spec.output_padding) if transposed else nothing
+    before = [0] if transposed else margins
+    return [list(spec.stored_shape), [columns], before, list(spec.stride), inside, list(spec.dilation), extra]
+
+
+def _amounts(spec: LayerSpec) -> list[int]:
+    """The padding as `F.pad` takes it, the last axis first."""
+    if spec.padding == "same":  # as PyTorch: the odd one goes behind
+        totals = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]
+        amounts = [(total // 2, total - total // 2) for total in totals]
+    else:
+        amounts = [(int(p), int(p)) for p in spec.padding]
+    return [n for pair in reversed(amounts) for n in pair]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import as_operator, as_stored, build
+from lowrank_pl.layers import FactorChain, as_operator, as_stored, build
 from lowrank_pl.structures.base import Layout, total_macs
 
 
@@ -42,7 +42,7 @@ class Chain(Layout):
 
     def build(self, bias: bool) -> nn.Module:
         last = len(self.stages) - 1
-        return nn.Sequential(*(build(stage, bias and i == last) for i, stage in enumerate(self.stages)))
+        return FactorChain([build(stage, bias and i == last) for i, stage in enumerate(self.stages)], self)
 
     def parameters(self, tensors: Sequence[Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         stored = map(as_stored, tensors, self.stages)

@@ -1,0 +1,46 @@
+"""Ordinary layers one after another, in place of one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers.lazy_weight import weight_of_factors
+
+
+class _Layout(Protocol):
+    @property
+    def layer(self) -> LayerSpec: ...
+
+    def weight(self, tensors: tuple[Tensor, ...]) -> Tensor: ...
+
+    def tensors(self, module: nn.Module) -> tuple[Tensor, ...]: ...
+
+
+class FactorChain(nn.Sequential):
+    """The factors of a layer as layers, which has the `weight` and `bias` that the layer had, for code that asks.
+
+    `layout` knows how the factors make the weight.
+    """
+
+    __jit_unused_properties__ = ("bias", "weight")  # for torch.jit.script
+
+    def __init__(self, links: list[nn.Module], layout: _Layout) -> None:
+        super().__init__(*links)
+        self.layout = layout
+
+    @property
+    def weight(self) -> Tensor:
+        """The product of the factors, as the layer stored it."""
+        factor = self[0].weight
+        assert isinstance(factor, Tensor)
+        shape = self.layout.layer.stored_shape
+        return weight_of_factors(factor, shape, lambda: self.layout.weight(self.layout.tensors(self)))
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        bias = self[-1].bias
+        assert isinstance(bias, nn.Parameter | None)
+        return bias
