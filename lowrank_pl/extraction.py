@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowrank_pl.compression import Plan
 from lowrank_pl.planning import MethodChoice, RankChoice, make_plan
 from lowrank_pl.structures import Dense, Structure
-from lowrank_pl.surgery import Trace, detached_copy, find_layers, record, replace_layers
+from lowrank_pl.surgery import Trace, count_inputs, detached_copy, find_layers, record, replace_layers
 from lowrank_pl.targets import Targets
 from lowrank_pl.timing import median_ms
 
@@ -28,16 +28,18 @@ def compress(
     rank: RankChoice | None = None,
     targets: Targets | None = None,
     example_input: Any = None,
+    batch_size: int | None = None,
 ) -> nn.Module:
     """A deep copy of `model` in which every target is a module of factors; `model` itself is unchanged.
 
     `method`, `rank` (default `CompressionRatio(2.0)`) and `targets` as for `DeepTwist`. With `example_input` (a tensor,
-    or a tuple of arguments) the model runs once: layers that it never calls stay dense, "first" and "last" follow the
-    order of running, and the copy is verified on the layers' real inputs. Without it the order of registration counts,
+    a tuple of arguments or a dictionary of keywords, of `batch_size` inputs where its tensors do not tell) the model
+    runs once: layers that it never calls stay dense, "first" and "last" follow the order of running, and the copy is verified on the layers' real inputs. Without it the order of registration counts,
     and a layer whose weight another module reads directly is recognized only inside `nn.MultiheadAttention`.
     """
+    batch = None if example_input is None else count_inputs(example_input, batch_size)
     try:
-        trace = None if example_input is None else record(model, example_input)
+        trace = None if example_input is None else record(model, example_input, batch)
     except Exception as error:
         raise ValueError(f"The model does not run on argument `example_input`: {error}") from error
     plan = make_plan(model, method, rank, targets, trace)

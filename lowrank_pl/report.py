@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -11,10 +12,9 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl.compression import Row
@@ -22,7 +22,17 @@ from lowrank_pl.extraction import RECORD
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
 from lowrank_pl.structures import Dense, Layout, layout_from_dict
-from lowrank_pl.surgery import Trace, find_layers, is_same_computation, num_parameters, record, run
+from lowrank_pl.surgery import (
+    Call,
+    Trace,
+    count_inputs,
+    find_layers,
+    is_same_computation,
+    num_parameters,
+    record,
+    run,
+    with_inputs,
+)
 from lowrank_pl.terminal import terminal
 from lowrank_pl.timing import median_ms
 
@@ -126,12 +136,18 @@ class Report:
 _LAYER_COLUMNS = ("layer", "structure", "params", "to", "MACs", "to", "ms, batch 1 / 32", "to", "note")
 
 
-def summarize(dense: nn.Module, compressed: nn.Module, example_input: Any = None, latency: bool = True) -> Report:
+def summarize(
+    dense: nn.Module,
+    compressed: nn.Module,
+    example_input: Any = None,
+    latency: bool = True,
+    batch_size: int | None = None,
+) -> Report:
     """Count and time a network and its compressed copy side by side.
 
-    `example_input` is a batch (a tensor, or a tuple of arguments), on the networks' device; MACs are counted by
-    PyTorch's own counter on its first element. Without it, or with `latency=False`, nothing is timed. Both networks
-    are left as they were.
+    `example_input` is a batch (a tensor, a tuple of arguments, or a dictionary of keywords), on the networks' device,
+    of `batch_size` inputs, which is to be given where its tensors do not tell; MACs are counted by PyTorch's own counter
+    on its first input. Without it, or with `latency=False`, nothing is timed. Both networks are left as they were.
     """
     for argument, network in (("dense", dense), ("compressed", compressed)):
         if not isinstance(network, nn.Module):
@@ -144,23 +160,40 @@ def summarize(dense: nn.Module, compressed: nn.Module, example_input: Any = None
         )
     if example_input is None:
         return summarize_layers(dense, compressed, Trace())
-    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    total = _measure((dense, compressed), arguments, latency)
-    return _report(dense, compressed, record(dense, example_input), total, latency)
+    call = replace(Call.of(example_input), batch=count_inputs(example_input, batch_size))
+    total = _measure((dense, compressed), call, latency)
+    report = _report(dense, compressed, record(dense, call), total, latency)
+    of_layers = sum(layer.dense.macs or 0 for layer in report.layers)
+    if of_layers > 1.01 * (report.dense.macs or 0):
+        warnings.warn(
+            f"The layers have {of_layers:,} MACs for one input, more than the {report.dense.macs:,} of the whole "
+            f"network: the example was taken to hold {call.batch} inputs. Give `batch_size`",
+            stacklevel=2,
+        )
+    return report
 
 
 def summarize_layers(dense: nn.Module, compressed: nn.Module, trace: Trace) -> Report:
-    """The same from what a trace knows of the layers alone; the network's MACs are those of its layers."""
+    """The same from what a trace knows: the network's MACs are those of its layers and what was counted beside them,
+    its latency that of all that `training_step` called."""
     report = _report(dense, compressed, trace, (Size(0), Size(0)), latency=True)
+    rest = sum((trace.rest or {}).values()) / trace.batch
+    times: dict[str, list[float]] = {}
+    if trace.called and all(name in trace.arguments for name in trace.called):
+        for name in trace.called:
+            pair = dense.get_submodule(name), compressed.get_submodule(name)
+            for size, ms in _all_times(pair, trace.arguments[name]).items():
+                times[size] = [a + b for a, b in zip(times.get(size, [0.0, 0.0]), ms, strict=True)]
 
-    def total(network: nn.Module, sizes: list[Size]) -> Size:
+    def total(i: int, network: nn.Module, sizes: list[Size]) -> Size:
         known = [size.macs for size in sizes if size.macs is not None]
-        return Size(num_parameters(network), sum(known) or None)
+        macs = round(sum(known) + rest) if known else None
+        return Size(num_parameters(network), macs, {size: ms[i] for size, ms in times.items()})
 
     return replace(
         report,
-        dense=total(dense, [layer.dense for layer in report.layers]),
-        compressed=total(compressed, [layer.compressed for layer in report.layers]),
+        dense=total(0, dense, [layer.dense for layer in report.layers]),
+        compressed=total(1, compressed, [layer.compressed for layer in report.layers]),
     )
 
 
@@ -168,7 +201,7 @@ def _report(dense: nn.Module, compressed: nn.Module, trace: Trace, total: tuple[
     entry = getattr(compressed, RECORD, {"layers": {}, "notes": {}})
     layers = []
     for name, layer in find_layers(dense).items():
-        layout = _layout(layer, entry["layers"].get(name), trace.inputs(name))
+        layout = _layout(name, layer, entry["layers"].get(name), trace)
         sizes = _layer_sizes(name, (layer, compressed.get_submodule(name)), trace, layout, latency)
         layers.append(LayerSize(name, layout.describe(), *sizes, entry["notes"].get(name, "")))
     parameter = next(dense.parameters(), torch.zeros(()))
@@ -192,9 +225,9 @@ def print_plan(rows: Sequence[Row], console: Console | None = None, title: str =
     (console or terminal()).print(table)
 
 
-def _layout(layer: nn.Module, entry: dict[str, Any] | None, inputs: tuple[tuple[int, ...], ...]) -> Layout:
+def _layout(name: str, layer: nn.Module, entry: dict[str, Any] | None, trace: Trace) -> Layout:
     """What a record says became of a layer."""
-    spec = LayerSpec("linear", 0, 0) if isinstance(layer, LazyModuleMixin) else spec_of(layer).with_(inputs=inputs)
+    spec = LayerSpec("linear", 0, 0) if isinstance(layer, LazyModuleMixin) else trace.on(name, spec_of(layer))
     return Dense(spec) if entry is None else layout_from_dict(entry["structure"], spec)
 
 
@@ -206,9 +239,10 @@ def _layer_sizes(
     if not inputs or name not in trace.samples:
         return Size(num_parameters(pair[0])), Size(num_parameters(pair[1]))
     times: dict[str, list[float]] = {}
+    sample = trace.samples[name]
     for size in BATCHES if latency else ():
-        batch = _batch((trace.samples[name],), size * inputs[0][0])
-        times[str(size)] = _times([copy.deepcopy(m).eval() for m in pair], batch, batch[0].device)
+        call = with_inputs(Call((sample,)), len(sample), size * inputs[0][0])
+        times[str(size)] = _times([copy.deepcopy(m).eval() for m in pair], call, sample.device)
     macs = layout.layer.macs, layout.macs
     first, second = (
         Size(num_parameters(module), macs[i], {size: ms[i] for size, ms in times.items()})
@@ -217,14 +251,11 @@ def _layer_sizes(
     return first, second
 
 
-def _measure(pair: tuple[nn.Module, nn.Module], arguments: tuple[Any, ...], latency: bool) -> tuple[Size, Size]:
+def _measure(pair: tuple[nn.Module, nn.Module], call: Call, latency: bool) -> tuple[Size, Size]:
     """Both modules on the same arguments: MACs on one input, latency by batch size."""
-    trials = [copy.deepcopy(module).eval() for module in pair]
-    macs = [_count_macs(trial, _batch(arguments, 1)) for trial in trials]
-    device = next((p.device for p in pair[0].parameters()), torch.device("cpu"))
-    times: dict[str, list[float]] = {}
-    for size in BATCHES if latency else ():
-        times[str(size)] = _times(trials, _batch(arguments, size), device)
+    one = with_inputs(call, call.batch or 1, 1)
+    macs = [_count_macs(copy.deepcopy(module).eval(), one) for module in pair]
+    times = _all_times(pair, call) if latency else {}
     sizes = [
         Size(num_parameters(module), macs[i], {size: ms[i] for size, ms in times.items()})
         for i, module in enumerate(pair)
@@ -232,40 +263,40 @@ def _measure(pair: tuple[nn.Module, nn.Module], arguments: tuple[Any, ...], late
     return sizes[0], sizes[1]
 
 
-def _times(pair: Sequence[nn.Module], batch: tuple[Any, ...], device: torch.device) -> list[float]:
+def _all_times(pair: tuple[nn.Module, nn.Module], call: Call) -> dict[str, list[float]]:
+    """Milliseconds of both, by batch size."""
+    trials = [copy.deepcopy(module).eval() for module in pair]
+    device = next((p.device for p in pair[0].parameters()), torch.device("cpu"))
+    return {str(size): _times(trials, with_inputs(call, call.batch or 1, size), device) for size in BATCHES}
+
+
+def _times(pair: Sequence[nn.Module], call: Call, device: torch.device) -> list[float]:
     """Milliseconds of both, in turns. What was not replaced takes the same time by construction: no noise of the
     measurement is shown as a gain."""
     same = is_same_computation(*pair)
-    ms = median_ms([_runner(module, batch) for module in (pair[:1] if same else pair)], device.type)
+    ms = median_ms([_runner(module, call) for module in (pair[:1] if same else pair)], device.type)
     return [ms[0], ms[-1]]
 
 
-def _runner(module: nn.Module, batch: tuple[Any, ...]) -> Callable[[], Any]:
+def _runner(module: nn.Module, call: Call) -> Callable[[], Any]:
     @torch.inference_mode()
-    def call() -> None:
-        module(*batch)
+    def run_once() -> None:
+        module(*call.args, **call.kwargs)
 
-    return call
+    return run_once
 
 
-def _count_macs(module: nn.Module, batch: tuple[Any, ...]) -> int:
-    run(module, batch)  # a layer that rebuilds its dense weight has done so before anything is counted
+def _count_macs(module: nn.Module, call: Call) -> int:
+    run(module, call)  # a layer that rebuilds its dense weight has done so before anything is counted
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # fused operations, of which the counter may know nothing
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            run(module, batch)
+            run(module, call)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     flops: int = counter.get_total_flops()
     return flops // 2
-
-
-def _batch(arguments: tuple[Any, ...], size: int) -> tuple[Any, ...]:
-    """The arguments with so many inputs, repeated as needed."""
-    repeat = lambda x: x[torch.arange(size) % len(x)] if x.dim() else x  # noqa: E731
-    batch: tuple[Any, ...] = tree_map_only(Tensor, repeat, arguments)
-    return batch
 
 
 def _device_name(device: torch.device) -> str:

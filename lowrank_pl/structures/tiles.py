@@ -38,6 +38,7 @@ class Tiles(Layout):
         for rows, columns in tile_regions(self.layer, self.tile):
             inner = rows.tiles * columns.tiles * min(self.rank, rows.size, columns.size)
             right = LayerSpec("linear", columns.tiles * columns.size, inner, groups=columns.tiles, inputs=positions)
+            right = right.with_(share=self.layer.share)
             stages += [right, right.then(rows.tiles * rows.size, groups=rows.tiles)]
         return tuple(stages)
 
@@ -87,7 +88,7 @@ class Tiles(Layout):
         if values.get("kind") != "tiles" or values.get("run") not in tuple(_NOTES):
             return None
         tile, rank, spec = values.get("tile"), values.get("rank"), LayerSpec.from_dict(values.get("layer"))
-        tiled = spec == layer.with_(inputs=()) and spec.kind != "conv_transpose" and spec.groups == 1
+        tiled = spec == layer.with_(inputs=(), share=1.0) and spec.kind != "conv_transpose" and spec.groups == 1
         if not tiled or type(tile) is not int or type(rank) is not int:
             return None
         return cls(layer, tile, rank, values["run"]) if 1 <= rank <= tile <= min(spec.operator_shape[:2]) else None
