@@ -145,9 +145,10 @@ def summarize(
 ) -> Report:
     """Count and time a network and its compressed copy side by side.
 
-    `example_input` is a batch (a tensor, a tuple of arguments, or a dictionary of keywords), on the networks' device,
-    of `batch_size` inputs, which is to be given where its tensors do not tell; MACs are counted by PyTorch's own counter
-    on its first input. Without it, or with `latency=False`, nothing is timed. Both networks are left as they were.
+    `example_input` is a batch (the argument, a tuple of arguments, or `lowrank_pl.surgery.Call(kwargs=...)`), on the
+    networks' device, of `batch_size` inputs, which is to be given where its tensors do not tell; MACs are counted by
+    PyTorch's own counter on its first input. Without it, or with `latency=False`, nothing is timed. Both networks are
+    left as they were.
     """
     for argument, network in (("dense", dense), ("compressed", compressed)):
         if not isinstance(network, nn.Module):

@@ -76,12 +76,9 @@ class Call:
 
     @classmethod
     def of(cls, example_input: Any) -> Call:
-        """As Lightning takes its `example_input_array`: a tuple of arguments, a dictionary of keywords, or the only
-        argument."""
+        """A tuple of arguments, or the only argument; a call, with its keywords, is one already."""
         if isinstance(example_input, Call):
             return example_input
-        if isinstance(example_input, Mapping):
-            return cls(kwargs=dict(example_input))
         return cls(example_input if isinstance(example_input, tuple) else (example_input,))
 
 
@@ -440,7 +437,7 @@ def record(model: nn.Module, example_input: Any, batch_size: int | None = None) 
 
 
 def run(model: nn.Module, example_input: Any) -> Any:
-    """The model on its argument, on a tuple of arguments or a dictionary of keywords, evaluated without changing it."""
+    """The model on its argument, a tuple of arguments or a `Call`, evaluated without changing it."""
     modes, call = {module: module.training for module in model.modules()}, Call.of(example_input)
     try:
         with torch.no_grad():

@@ -125,7 +125,8 @@ class CompressionCallback(pl.Callback, ABC):
             self._make_plan(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._listener.end_epoch()
+        if trainer.is_last_batch:  # else `max_steps` has ended it in the middle, and a resumed run goes on listening
+            self._listener.end_epoch()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.close(trainer, pl_module)

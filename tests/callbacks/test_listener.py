@@ -65,6 +65,6 @@ def test_what_a_checkpoint_kept_holds_until_the_next_batch_is_heard():
     net(x)
     assert listener.stop(net)
     assert set(listener.trace.samples) == LAYERS
-    assert listener.trace.batch == len(x)
+    assert listener.trace.batch == 4  # counts are those that the run began with
     listener.load_state_dict(None)
     assert listener.trace is None
