@@ -34,8 +34,9 @@ def compress(
 
     `method`, `rank` (default `CompressionRatio(2.0)`) and `targets` as for `DeepTwist`. With `example_input` (a tensor,
     a tuple of arguments, or `lowrank_pl.surgery.Call(kwargs=...)`, of `batch_size` inputs where its tensors do not
-    tell) the model runs once: layers that it never calls stay dense, "first" and "last" follow the order of running, and
-    the copy is verified on the layers' real inputs. Without it the order of registration counts, and a layer whose weight another module reads directly is recognized only inside `nn.MultiheadAttention`.
+    tell) the model runs once: layers that it never calls stay dense, "first" and "last" follow the order of running,
+    and the copy is verified on the layers' real inputs. Without it the order of registration counts, and a layer whose
+    weight another module reads directly is recognized only inside `nn.MultiheadAttention`.
     """
     batch = None if example_input is None else count_inputs(example_input, batch_size)
     try:

@@ -81,6 +81,8 @@ class DeepTwist(CompressionCallback):
                 self._show(trainer, plan)
         elif all(c.rule.sees_shapes_alone for c in plan.compressions):
             self._choose(trainer, plan, plan.problems())
+        elif self.choices is not None and not self.choices.keys() <= {c.name for c in plan.compressions}:
+            self.choices = None  # those of other layers
 
     def project(self, trainer: pl.Trainer, plan: Plan, occasion: Occasion) -> Distortion:
         problems, choices = plan.problems(), self.choices or {}
