@@ -14,8 +14,9 @@ from lowrank_pl.decompositions import DENSE, ZERO, Candidates, Cheapest, Choice
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.linalg import squared_norm
 from lowrank_pl.names import snake_case
-from lowrank_pl.ranks import RankProblem, RankRule
+from lowrank_pl.ranks import Others, RankProblem, RankRule
 from lowrank_pl.structures import Rank, Structure
+from lowrank_pl.surgery import Trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,10 +131,22 @@ class Row:
 class Plan:
     """Targets of one network, as `Compression`s, and the reasons why the other layers stay dense."""
 
-    def __init__(self, compressions: Sequence[Compression], dense: Mapping[str, str], specs: Mapping[str, LayerSpec]):
+    def __init__(
+        self,
+        compressions: Sequence[Compression],
+        dense: Mapping[str, str],
+        specs: Mapping[str, LayerSpec],
+        trace: Trace | None = None,
+        frozen: Sequence[nn.Module] = (),
+    ) -> None:
+        self._trace, self._frozen = Trace() if trace is None else trace, list(frozen)
         self.compressions = list(compressions)
         self.dense = dict(dense)
         self.specs = dict(specs)
+
+    def has_thawed(self) -> bool:
+        """Whether a layer that stays dense because it was frozen is trained by now."""
+        return any(p.requires_grad for layer in self._frozen for p in layer.parameters(recurse=False))
 
     def problems(self) -> dict[str, RankProblem]:
         """What rules see of every target, with its weight as it is now."""
@@ -154,11 +167,15 @@ class Plan:
             choices |= {c.name: choice for c, choice in zip(members, found, strict=True)}
         return {c.name: choices[c.name] for c in self.compressions}
 
-    def others(self, members: Sequence[Compression]) -> list[LayerSpec]:
-        """All other layers of the network that run (or all, while none has been seen to)."""
-        names = {c.name for c in members}
-        seen = any(spec.inputs for spec in self.specs.values())
-        return [spec for name, spec in self.specs.items() if name not in names and (spec.inputs or not seen)]
+    def others(self, members: Sequence[Compression]) -> Others:
+        """All other layers that run (or all, while none has been seen to) in the networks of these, and what else is
+        computed there."""
+        names, seen = {c.name for c in members}, any(spec.inputs for spec in self.specs.values())
+        network = self._trace.networks.get
+        networks = {network(name) for name in names}
+        specs = {name: spec for name, spec in self.specs.items() if name not in names and (spec.inputs or not seen)}
+        others = [spec for name, spec in specs.items() if network(name) in networks]
+        return Others(others, self._trace.rest_macs(names))
 
     def factor(
         self, choices: Mapping[str, Choice], problems: Mapping[str, RankProblem] | None = None

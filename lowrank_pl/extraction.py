@@ -20,6 +20,7 @@ from lowrank_pl.structures import Dense, Structure
 from lowrank_pl.surgery import (
     Trace,
     clean_name,
+    count_inputs,
     detached_copy,
     eager,
     find_layers,
@@ -43,19 +44,22 @@ def compress(
     rank: RankChoice | None = None,
     targets: Targets | None = None,
     example_input: Any = None,
+    batch_size: int | None = None,
 ) -> nn.Module:
     """A deep copy of `model` in which every target is a module of factors; `model` itself is unchanged.
 
     `method`, `rank` (default `CompressionRatio(2.0)`) and `targets` as for `DeepTwist`. With `example_input` (a tensor,
-    or a tuple of arguments) the model runs once: layers that it never calls stay dense, "first" and "last" follow the
-    order of running, and the copy is verified on the layers' real inputs. Without it the order of registration counts,
-    and a layer whose weight another module reads directly is recognized only inside `nn.MultiheadAttention`.
+    a tuple of arguments, or `lowrank_pl.surgery.Call(kwargs=...)`, of `batch_size` inputs where its tensors do not
+    tell) the model runs once: layers that it never calls stay dense, "first" and "last" follow the order of running,
+    and the copy is verified on the layers' real inputs. Without it the order of registration counts, and a layer whose
+    weight another module reads directly is recognized only inside `nn.MultiheadAttention`.
 
     Layers that an earlier call has compressed stay as they are. Raises `RuntimeError` where the copy, as a whole or one
     of its layers, does not compute what the model with projected weights does.
     """
+    batch = None if example_input is None else count_inputs(example_input, batch_size)
     try:
-        trace = None if example_input is None else record(model, example_input, training=True)
+        trace = None if example_input is None else record(model, example_input, batch, training=True)
     except Exception as error:
         raise ValueError(f"The model does not run on argument `example_input`: {error}") from error
     plan = make_plan(model, method, rank, targets, trace)
@@ -65,8 +69,7 @@ def compress(
     structures = plan.factor(choices, problems)
     extracted = extract(model, plan, structures, notes, trace)
     if example_input is not None:
-        arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-        problem = difference(_projected(model, structures), extracted, arguments)
+        problem = difference(_projected(model, structures), extracted, example_input)
         if problem is not None:
             raise RuntimeError(f"The compressed network is not the projected one: {problem}")
     return extracted
@@ -178,9 +181,9 @@ def _projected(model: nn.Module, structures: Mapping[str, Structure]) -> nn.Modu
     return projected
 
 
-def difference(projected: nn.Module, extracted: nn.Module, arguments: tuple[Any, ...], part: str = "") -> str | None:
+def difference(projected: nn.Module, extracted: nn.Module, example_input: Any, part: str = "") -> str | None:
     """Run a network with projected weights and what was extracted from it, both as a whole and in evaluation mode: what
-    differs, in words, or None. Or that `part` of both that takes the arguments.
+    differs, in words, or None. Or that `part` of both that takes the input: an argument, a tuple of them or a `Call`.
 
     Their outputs, and which of the compressed layers run: an extracted network may call layers of another one, and
     give its output. Nothing is said where the projected network does not run, or differs as much from itself after
@@ -189,27 +192,27 @@ def difference(projected: nn.Module, extracted: nn.Module, arguments: tuple[Any,
     names = list(under(part, getattr(extracted, RECORD)["layers"]))
     projected, extracted = projected.get_submodule(part), extracted.get_submodule(part)
     try:
-        expected = _heard(projected, names, arguments)
+        expected = _heard(projected, names, example_input)
     except Exception:  # of any kind: its own code, in a mode that it may not know
         return None
     try:
-        problem = _compare(_heard(extracted, names, arguments), expected)
+        problem = _compare(_heard(extracted, names, example_input), expected)
     except Exception as error:
         return f"it does not run ({type(error).__name__}: {error})"
     if problem is None:
         return None
     with _rounded(projected):
-        unsteady = _compare(_heard(projected, names, arguments), expected)
+        unsteady = _compare(_heard(projected, names, example_input), expected)
     return None if unsteady else problem
 
 
-def _heard(model: nn.Module, names: Sequence[str], arguments: tuple[Any, ...]) -> tuple[set[str], list[Any]]:
+def _heard(model: nn.Module, names: Sequence[str], example_input: Any) -> tuple[set[str], list[Any]]:
     """Which of the named modules run, and the leaves of the output."""
     ran: set[str] = set()
     handles = [model.get_submodule(n).register_forward_pre_hook(lambda *_, n=n: ran.add(n)) for n in names]
     try:
         with eager():  # compiled code would not call hooks
-            return ran, tree_leaves(run(model, arguments))
+            return ran, tree_leaves(run(model, example_input))
     finally:
         for handle in handles:
             handle.remove()

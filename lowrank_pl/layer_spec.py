@@ -17,6 +17,8 @@ class LayerSpec:
     `padding` is a tuple or `"same"`. `inputs` holds, for one input of the network, one entry per call of the layer:
     `(vectors, *spatial size)`, where `vectors` counts how often the map is applied beyond the spatial positions
     (tokens of a linear layer, images folded into the batch). It is empty while nobody has seen the layer run.
+    `share` says how often that happens: below 1 for a layer that some batches or some inputs pass by (layer drop, a
+    mixture's expert), so that `share * inputs` is an average.
     """
 
     kind: Kind
@@ -30,6 +32,7 @@ class LayerSpec:
     groups: int = 1
     padding_mode: str = "zeros"
     inputs: tuple[tuple[int, ...], ...] = ()
+    share: float = 1.0
 
     @property
     def operator_shape(self) -> tuple[int, ...]:
@@ -50,14 +53,14 @@ class LayerSpec:
 
     @property
     def macs(self) -> int | None:
-        """Multiply-adds for one input of the network; None while no input has been seen.
+        """Multiply-adds for one input of the network, on average; None while no input has been seen.
 
         As `torch.utils.flop_counter` counts (two FLOPs each): positions in the padding are counted, the bias is not.
         """
         if not self.inputs:
             return None
         sizes = self.inputs if self.kind == "conv_transpose" else self.outputs
-        return self.num_weights * sum(math.prod(size) for size in sizes)
+        return round(self.share * self.num_weights * sum(math.prod(size) for size in sizes))
 
     @property
     def outputs(self) -> tuple[tuple[int, ...], ...]:
@@ -93,18 +96,19 @@ class LayerSpec:
             dilation=ones,
             output_padding=zeros,
             inputs=self.outputs,
+            share=self.share,
         ).with_(**changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists, for JSON; `inputs` belongs to a run, not to the layer, and is left out."""
+        """Plain numbers, strings and lists, for JSON; what belongs to a run, not to the layer, is left out."""
         values = asdict(self)
-        del values["inputs"]
+        del values["inputs"], values["share"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Any) -> LayerSpec:
         """The inverse of `to_dict`. Raises `ValueError` for anything that is not a sane layer, or is absurdly large."""
-        known = {field.name for field in fields(cls)} - {"inputs"}
+        known = {field.name for field in fields(cls)} - {"inputs", "share"}
         if not isinstance(values, dict) or set(values) != known or not _is_sane(values):
             raise ValueError(f"Expected a layer with the keys {sorted(known)} but got {values!r:.200}")
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
 from torch import nn
@@ -32,12 +32,14 @@ def make_plan(
     targets: Targets | None = None,
     trace: Trace | None = None,
     training: bool = False,
+    joined: Collection[str] = (),
 ) -> Plan:
     """Decide for every linear layer and convolution whether it takes part, and how.
 
     `method` and `rank` are a choice or a mapping from name patterns to choices, of which the first match wins. Of a
     list of methods a layer gets the first that is for its kind. With a trace, layers that never ran stay dense; with
-    `training`, frozen ones do. Raises `ValueError` for a pattern that matches no layer.
+    `training`, frozen ones do, but for those that had `joined` before. Raises `ValueError` for a pattern that matches
+    no layer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected argument `model` to be a module but got {model!r:.100}")
@@ -50,16 +52,18 @@ def make_plan(
     check_patterns(methods, layers, "method")
     check_patterns(rules, layers, "rank")
     found = obstacles(model)
-    inputs = trace.all_inputs() if trace else {}
     specs: dict[str, LayerSpec] = {}
-    compressions = []
+    compressions, frozen = [], []
     for name, module in layers.items():
         reason = found.get(module)
         if reason and reason.startswith("lazy"):
             specs[name], dense[name] = LayerSpec("linear", 0, 0), reason
             continue
-        specs[name] = spec = spec_of(module).with_(inputs=inputs.get(name, ()))
-        reason = reason or _idle(name, trace) or dense.get(name) or _frozen(module, training)
+        specs[name] = spec = trace.on(name, spec_of(module)) if trace else spec_of(module)
+        reason = reason or _idle(name, trace) or dense.get(name)
+        if reason is None and training and name not in joined and not module.weight.requires_grad:
+            reason = "frozen: requires_grad is False"
+            frozen.append(module)
         own, rule = _first_match(methods, name), _first_match(rules, name)
         if isinstance(own, FirstOf) and own.unsupported(spec) is None:
             (own,) = own.candidates(spec)  # from here on as if it alone had been given
@@ -68,7 +72,7 @@ def make_plan(
             compressions.append(Compression(name, module, spec, own, rule))
         else:
             dense[name] = str(reason)
-    return Plan(compressions, dense, specs)
+    return Plan(compressions, dense, specs, trace, frozen)
 
 
 def _mismatch(name: str, layer: LayerSpec, method: Candidates | None, rule: RankRule | None) -> str | None:
@@ -95,8 +99,6 @@ def _first_match(choices: Mapping[str, T], name: str) -> T | None:
 def _idle(name: str, trace: Trace | None) -> str | None:
     if trace is None:
         return None
-    return trace.odd.get(name) or (None if name in trace.calls else "never called: another module reads its weight")
-
-
-def _frozen(module: nn.Module, training: bool) -> str | None:
-    return "frozen: requires_grad is False" if training and not module.weight.requires_grad else None
+    if name in trace.calls or name in trace.odd:
+        return trace.odd.get(name)
+    return "never called" if trace.batches == 1 else f"never called in {trace.batches} batches"

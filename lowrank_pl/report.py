@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl.compression import Row
@@ -24,19 +24,23 @@ from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
 from lowrank_pl.structures import Dense, Layout, layout_from_dict
 from lowrank_pl.surgery import (
+    Call,
     Trace,
     clean_name,
+    count_inputs,
     detached_copy,
     find_layers,
     is_same_computation,
     num_parameters,
     record,
     run,
+    with_inputs,
 )
 from lowrank_pl.terminal import terminal
 from lowrank_pl.timing import PeakMemory, free_bytes, median_ms
 
 T = TypeVar("T")
+Times: TypeAlias = tuple[dict[str, float], dict[str, float]]  # of two modules, by batch size
 
 BATCHES = (1, 32)
 SECONDS = 60.0  # for all timing of a report; what would take longer is left out
@@ -141,12 +145,19 @@ class Report:
 _LAYER_COLUMNS = ("layer", "structure", "params", "to", "MACs", "to", "ms, batch 1 / 32", "to", "note")
 
 
-def summarize(dense: nn.Module, compressed: nn.Module, example_input: Any = None, latency: bool = True) -> Report:
+def summarize(
+    dense: nn.Module,
+    compressed: nn.Module,
+    example_input: Any = None,
+    latency: bool = True,
+    batch_size: int | None = None,
+) -> Report:
     """Count and time a network and its compressed copy side by side.
 
-    `example_input` is a batch (a tensor, or a tuple of arguments), on the networks' device; MACs are counted by
-    PyTorch's own counter on its first element. Without it, or with `latency=False`, nothing is timed; else what fits
-    into memory and about a minute is, the networks first. Both networks are left as they were.
+    `example_input` is a batch (the argument, a tuple of arguments, or `lowrank_pl.surgery.Call(kwargs=...)`), on the
+    networks' device, of `batch_size` inputs, which is to be given where its tensors do not tell; MACs are counted by
+    PyTorch's own counter on its first input. Without it, or with `latency=False`, nothing is timed; else what fits into
+    memory and about a minute is, the networks first. Both networks are left as they were.
     """
     for argument, network in (("dense", dense), ("compressed", compressed)):
         if not isinstance(network, nn.Module):
@@ -160,24 +171,37 @@ def summarize(dense: nn.Module, compressed: nn.Module, example_input: Any = None
         )
     if example_input is None:
         return summarize_layers(dense, compressed, Trace())
-    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    call = replace(Call.of(example_input), batch=count_inputs(example_input, batch_size))
     watch = _Watch(latency)
-    total = _measure((dense, compressed), arguments, watch)
-    return _report(dense, compressed, record(dense, example_input), total, watch)
+    total = _measure((dense, compressed), call, watch)
+    report = _report(dense, compressed, record(dense, call), total, watch)
+    of_layers = sum(layer.dense.macs or 0 for layer in report.layers)
+    if of_layers > 1.01 * (report.dense.macs or 0):
+        warnings.warn(
+            f"The layers have {of_layers:,} MACs for one input, more than the {report.dense.macs:,} of the whole "
+            f"network: the example was taken to hold {call.batch} inputs. Give `batch_size`",
+            stacklevel=2,
+        )
+    return report
 
 
 def summarize_layers(dense: nn.Module, compressed: nn.Module, trace: Trace, latency: bool = True) -> Report:
-    """The same from what a trace knows of the layers alone; the network's MACs are those of its layers."""
-    report = _report(dense, compressed, trace, (Size(0), Size(0)), _Watch(latency))
+    """The same from what a trace knows: the network's MACs are those of its layers and what was counted beside them,
+    its latency that of all that `training_step` called."""
+    watch = _Watch(latency)
+    times = _times_of_calls((dense, compressed), trace, watch)
+    report = _report(dense, compressed, trace, (Size(0), Size(0)), watch)
+    rest = sum((trace.rest or {}).values()) / trace.batch
 
-    def total(network: nn.Module, sizes: list[Size]) -> Size:
+    def total(i: int, network: nn.Module, sizes: list[Size]) -> Size:
         known = [size.macs for size in sizes if size.macs is not None]
-        return Size(num_parameters(network), sum(known) or None)
+        macs = round(sum(known) + rest) if known else None
+        return Size(num_parameters(network), macs, times[i])
 
     return replace(
         report,
-        dense=total(dense, [layer.dense for layer in report.layers]),
-        compressed=total(compressed, [layer.compressed for layer in report.layers]),
+        dense=total(0, dense, [layer.dense for layer in report.layers]),
+        compressed=total(1, compressed, [layer.compressed for layer in report.layers]),
     )
 
 
@@ -185,7 +209,7 @@ def _report(dense: nn.Module, compressed: nn.Module, trace: Trace, total: tuple[
     entry = getattr(compressed, RECORD, {"layers": {}, "notes": {}})
     layers = []
     for name, layer in watch.shown(list(find_layers(dense).items())):
-        layout = _layout(layer, entry["layers"].get(name), trace.inputs(name))
+        layout = _layout(name, layer, entry["layers"].get(name), trace)
         sizes = _layer_sizes(name, (layer, compressed.get_submodule(name)), trace, layout, watch)
         layers.append(LayerSize(name, layout.describe(), *sizes, entry["notes"].get(name, "")))
     parameter = next(dense.parameters(), torch.zeros(()))
@@ -209,9 +233,9 @@ def print_plan(rows: Sequence[Row], console: Console | None = None, title: str =
     (console or terminal()).print(table)
 
 
-def _layout(layer: nn.Module, entry: dict[str, Any] | None, inputs: tuple[tuple[int, ...], ...]) -> Layout:
+def _layout(name: str, layer: nn.Module, entry: dict[str, Any] | None, trace: Trace) -> Layout:
     """What a record says became of a layer."""
-    spec = LayerSpec("linear", 0, 0) if isinstance(layer, LazyModuleMixin) else spec_of(layer).with_(inputs=inputs)
+    spec = LayerSpec("linear", 0, 0) if isinstance(layer, LazyModuleMixin) else trace.on(name, spec_of(layer))
     return Dense(spec) if entry is None else layout_from_dict(entry["structure"], spec)
 
 
@@ -222,20 +246,38 @@ def _layer_sizes(
     inputs = layout.layer.inputs
     if not inputs or name not in trace.samples:
         return Size(num_parameters(pair[0])), Size(num_parameters(pair[1]))
-    batch_of = lambda size: _batch((trace.samples[name],), size * inputs[0][0])  # noqa: E731
-    times = watch.times([_trial(module) for module in pair], batch_of, trace.samples[name].device)
+    sample = trace.samples[name]
+    batch_of = lambda size: with_inputs(Call((sample,)), len(sample), size * inputs[0][0])  # noqa: E731
+    times = watch.times([_trial(module) for module in pair], batch_of, sample.device)
     first, second = Size(num_parameters(pair[0]), layout.layer.macs), Size(num_parameters(pair[1]), layout.macs)
     return replace(first, latency_ms=times[0]), replace(second, latency_ms=times[1])
 
 
-def _measure(pair: tuple[nn.Module, nn.Module], arguments: tuple[Any, ...], watch: _Watch) -> tuple[Size, Size]:
+def _measure(pair: tuple[nn.Module, nn.Module], call: Call, watch: _Watch) -> tuple[Size, Size]:
     """Both modules on the same arguments: MACs on one input, latency by batch size."""
-    trials = [_trial(module) for module in pair]
-    macs = [_count_macs(trial, _batch(arguments, 1)) for trial in trials]
-    device = next((p.device for p in pair[0].parameters()), torch.device("cpu"))
-    times = watch.times(trials, lambda size: _batch(arguments, size), device)
+    trials, one = [_trial(module) for module in pair], with_inputs(call, call.batch or 1, 1)
+    macs = [_count_macs(trial, one) for trial in trials]
+    times = _times_of_call(trials, call, watch)
     first, second = (Size(num_parameters(pair[i]), macs[i], times[i]) for i in range(2))
     return first, second
+
+
+def _times_of_calls(pair: tuple[nn.Module, nn.Module], trace: Trace, watch: _Watch) -> Times:
+    """Both, all that `training_step` called together; of the batch sizes at which each could be timed."""
+    if not all(name in trace.arguments for name in trace.called):
+        return {}, {}
+    each = [
+        _times_of_call([_trial(module.get_submodule(name)) for module in pair], trace.arguments[name], watch)
+        for name in trace.called
+    ]
+    sizes = [size for size in map(str, BATCHES) if each and all(size in times[0] for times in each)]
+    first, second = ({size: sum(times[i][size] for times in each) for size in sizes} for i in range(2))
+    return first, second
+
+
+def _times_of_call(trials: Sequence[nn.Module], call: Call, watch: _Watch) -> Times:
+    device = next((p.device for p in trials[0].parameters()), torch.device("cpu"))
+    return watch.times(trials, lambda size: with_inputs(call, call.batch or 1, size), device)
 
 
 def _trial(module: nn.Module) -> nn.Module:
@@ -257,11 +299,9 @@ class _Watch:
         hidden = not (self._sizes and console.is_terminal)
         return track(layers, "Timing layers", console=console, transient=True, disable=hidden)
 
-    def times(
-        self, pair: Sequence[nn.Module], batch_of: Callable[[int], tuple[Any, ...]], device: torch.device
-    ) -> tuple[dict[str, float], dict[str, float]]:
+    def times(self, pair: Sequence[nn.Module], batch_of: Callable[[int], Call], device: torch.device) -> Times:
         """Milliseconds of both by batch size, without the sizes that do not run or fit into memory and time."""
-        found: tuple[dict[str, float], dict[str, float]] = ({}, {})
+        found: Times = ({}, {})
         for size in self._sizes:
             try:
                 ms = self._both(pair, batch_of, size, device)
@@ -273,7 +313,7 @@ class _Watch:
         return found
 
     def _both(
-        self, pair: Sequence[nn.Module], batch_of: Callable[[int], tuple[Any, ...]], size: int, device: torch.device
+        self, pair: Sequence[nn.Module], batch_of: Callable[[int], Call], size: int, device: torch.device
     ) -> list[float] | None:
         """In turns. What was not replaced takes the same time by construction: no noise of the measurement is shown as
         a gain. None where it would take more than half of the time that is left, or memory that is not there."""
@@ -299,32 +339,25 @@ def _probe(call: Callable[[], Any], device: torch.device) -> tuple[float, int]:
     return time.perf_counter() - begin, memory.peak
 
 
-def _runner(module: nn.Module, batch: tuple[Any, ...]) -> Callable[[], Any]:
+def _runner(module: nn.Module, call: Call) -> Callable[[], Any]:
     @torch.inference_mode()
-    def call() -> None:
-        module(*batch)
+    def run_once() -> None:
+        module(*call.args, **call.kwargs)
 
-    return call
+    return run_once
 
 
-def _count_macs(module: nn.Module, batch: tuple[Any, ...]) -> int:
-    run(module, batch)  # a layer that rebuilds its dense weight has done so before anything is counted
+def _count_macs(module: nn.Module, call: Call) -> int:
+    run(module, call)  # a layer that rebuilds its dense weight has done so before anything is counted
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # fused operations, of which the counter may know nothing
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            run(module, batch)
+            run(module, call)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     flops: int = counter.get_total_flops()
     return flops // 2
-
-
-def _batch(arguments: tuple[Any, ...], size: int) -> tuple[Any, ...]:
-    """The arguments with so many inputs, repeated as needed."""
-    repeat = lambda x: x[torch.arange(size) % len(x)] if x.dim() else x  # noqa: E731
-    batch: tuple[Any, ...] = tree_map_only(Tensor, repeat, arguments)
-    return batch
 
 
 def _device_name(device: torch.device) -> str:

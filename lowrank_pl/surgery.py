@@ -5,22 +5,29 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import warnings
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
+from inspect import ismethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
 
-from lowrank_pl.layers import LAYER_TYPES, FactorChain, LazyWeight
+from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers import LAYER_TYPES, FactorChain, LazyWeight, spec_of
 
 READ = "its weight is read by another module, too"
 SAMPLES = 2  # inputs kept per layer, to verify the extracted layer on
+NEVER_BUT_READ = "never called: another module reads its weight"
 
 
 def clean_name(name: str) -> str:
@@ -71,29 +78,81 @@ def _obstacle(layer: nn.Module, owners: Mapping[int, int]) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a module was called with, and how many inputs that holds, where it is known."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    batch: int | None = None
+
+    @classmethod
+    def of(cls, example_input: Any) -> Call:
+        """A tuple of arguments, or the only argument; a call, with its keywords, is one already."""
+        if isinstance(example_input, Call):
+            return example_input
+        return cls(example_input if isinstance(example_input, tuple) else (example_input,))
+
+
 @dataclass
 class Trace:
-    """Which layers ran on one batch, in which order, on inputs of which shape."""
+    """Which layers ran on one batch or several, in which order, on inputs of which shape."""
 
-    # name -> {spatial size: vectors in the batch}; plain containers, since callbacks store it in checkpoints
+    # name -> {spatial size: vectors in all batches}; plain containers, since callbacks store it in checkpoints. What
+    # ran once for a whole batch (on a table of relative positions, say) counts as if once for every input.
     calls: dict[str, dict[tuple[int, ...], int]] = field(default_factory=dict)
     samples: dict[str, Tensor] = field(default_factory=dict)
     odd: dict[str, str] = field(default_factory=dict)
     normed: list[str] = field(default_factory=list)  # layers whose output goes straight into batch norm
-    batch: int = 1
-    # what the whole model, or one of its children, was called with: a few inputs of the batch
-    arguments: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    batch: int = 1  # inputs of the network in all batches
+    batches: int = 1
+    # layer -> the module that `training_step` called with data, in which or behind which it ran
+    networks: dict[str, str] = field(default_factory=dict)
+    # of these modules: multiply-adds outside of all layers, in all batches; None where nobody counted (before 0.2)
+    rest: dict[str, int] | None = field(default_factory=dict)
+    called: list[str] = field(default_factory=list)  # what `training_step` itself called
+    # what that, the whole model and its children were called with: a few of the inputs
+    arguments: dict[str, Call] = field(default_factory=dict)
 
-    def all_inputs(self) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """Every layer's `LayerSpec.inputs` for one input of the network (for the whole batch, where some count does not
-        divide)."""
-        whole = all(n % self.batch == 0 for sizes in self.calls.values() for n in sizes.values())
-        batch = self.batch if whole else 1
-        return {name: tuple((n // batch, *size) for size, n in sizes.items()) for name, sizes in self.calls.items()}
+    def on(self, name: str, spec: LayerSpec) -> LayerSpec:
+        """A layer with its `inputs` and its `share`, as it ran on average for one input of the network."""
+        sizes = self.calls.get(name)
+        if not sizes:
+            return spec
+        inputs = tuple((-(-n // self.batch), *size) for size, n in sizes.items())
+        average = sum(n * math.prod(size) for size, n in sizes.items()) / self.batch
+        return spec.with_(inputs=inputs, share=average / sum(math.prod(each) for each in inputs))
 
     def inputs(self, name: str) -> tuple[tuple[int, ...], ...]:
-        """Those of one layer; empty if it never ran."""
-        return self.all_inputs().get(name, ())
+        """Its `inputs`; empty if it never ran."""
+        return self.on(name, LayerSpec("linear", 0, 0)).inputs
+
+    def rest_macs(self, names: Collection[str]) -> float:
+        """Multiply-adds for one input, in the networks of these layers, that are in no layer at all."""
+        networks = {self.networks.get(name, "") for name in names}
+        return sum((self.rest or {}).get(network, 0) for network in networks) / self.batch
+
+    def add(self, other: Trace) -> None:
+        """What was heard of further batches."""
+        for name, sizes in other.calls.items():
+            mine = self.calls.setdefault(name, {})
+            for size, n in sizes.items():
+                mine[size] = mine.get(size, 0) + n
+        for name, network in other.networks.items():
+            join(self.networks, name, network)
+        if self.rest is not None:
+            for network, macs in (other.rest or {}).items():
+                self.rest[network] = self.rest.get(network, 0) + macs
+        self.batch, self.batches = self.batch + other.batch, self.batches + other.batches
+        self.odd |= other.odd
+        self.normed += [name for name in other.normed if name not in self.normed]
+        self.called += [name for name in other.called if name not in self.called]
+        self.samples = other.samples | self.samples
+        self.arguments = other.arguments | self.arguments
+
+    def hear_reads(self, names: Collection[str]) -> None:
+        """Other modules have read the weights of these layers."""
+        self.odd |= {name: READ if name in self.calls else NEVER_BUT_READ for name in names}
 
     def under(self, name: str) -> Trace:
         """What was heard of one submodule, under its own names."""
@@ -102,63 +161,222 @@ class Trace:
         start = f"{name}."
         calls = {key.removeprefix(start): value for key, value in self.calls.items() if key.startswith(start)}
         samples = {key.removeprefix(start): value for key, value in self.samples.items() if key.startswith(start)}
-        return Trace(calls=calls, samples=samples, batch=self.batch)
+        rest = {"": self.rest[name]} if self.rest and name in self.rest else {}
+        return Trace(calls=calls, samples=samples, batch=self.batch, batches=self.batches, rest=rest)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers, without the samples."""
         calls = [[name, [[*size, n] for size, n in sizes.items()]] for name, sizes in self.calls.items()]
-        return {"calls": calls, "odd": dict(self.odd), "normed": list(self.normed), "batch": self.batch}
+        counts = {"batch": self.batch, "batches": self.batches, "rest": None if self.rest is None else dict(self.rest)}
+        networks = dict(self.networks)
+        return {"calls": calls, "odd": dict(self.odd), "normed": list(self.normed), "networks": networks, **counts}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Trace:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`, for those of 0.1 and 0.2 too."""
         calls = {name: {tuple(size): n for *size, n in sizes} for name, sizes in state["calls"]}
-        return cls(calls=calls, odd=dict(state["odd"]), normed=list(state["normed"]), batch=state["batch"])
+        found = cls(calls=calls, odd=dict(state["odd"]), normed=list(state["normed"]), batch=state["batch"])
+        if "batches" not in state:
+            found.rest = None
+            if any(n % found.batch for sizes in calls.values() for n in sizes.values()):
+                found.batch = 1  # costs were those of a whole batch then, and a run goes on with them
+            return found
+        found.batches, found.rest, found.networks = state["batches"], state["rest"], dict(state["networks"])
+        return found
+
+
+def join(networks: dict[str, str], layer: str, network: str) -> None:
+    """A layer ran in, or behind, a network. It belongs to the innermost one that holds it, else to the first one behind
+    which it ran: a discriminator's are its own, also where it ran on what a generator had made first."""
+
+    def depth(name: str) -> int:
+        return len(name) if not name or layer == name or layer.startswith(f"{name}.") else -1
+
+    if layer not in networks or depth(network) > depth(networks[layer]):
+        networks[layer] = network
+
+
+def count_inputs(batch: Any, given: int | None = None) -> int:
+    """How many inputs of the network a batch holds: the leading size of its tensors, unless it is given.
+
+    Raises `ValueError` where they differ, or where there are none.
+    """
+    given = batch.batch if isinstance(batch, Call) else given
+    if given is not None:
+        return given
+    sizes = sorted({x.shape[0] for x in _leaves(batch) if isinstance(x, Tensor) and x.dim()})
+    if len(sizes) != 1 or sizes[0] == 0:
+        which = f"have the leading sizes {', '.join(map(str, sizes[:6]))}" if sizes else "are missing"
+        raise ValueError(
+            f"Expected a batch whose size can be told, but its tensors {which}: give `batch_size`, the number of inputs"
+        )
+    return sizes[0]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What containers hold: also dataclasses and mappings such as Hugging Face's, which PyTorch's trees do not know."""
+    if isinstance(value, Call):
+        value = (value.args, value.kwargs)
+    if is_dataclass(value) and not isinstance(value, type):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+_PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+def _few(call: Call, batch: int) -> Call | None:
+    """A copy of a call with a few of the batch's inputs; None where it holds what cannot be copied."""
+    if not all(isinstance(x, _PLAIN) for x in _leaves(call)):
+        return None
+    return with_inputs(call, batch, min(SAMPLES, batch))
+
+
+def with_inputs(call: Call, batch: int, count: int) -> Call:
+    """A copy of a call on a batch of so many inputs, with `count` of them, repeated as needed. A tensor holds inputs
+    along its first axis or, sequence first, its second, if that has the batch's size; else it is the same for all."""
+
+    def resized(x: Tensor) -> Tensor:
+        axes = [axis for axis, n in enumerate(x.shape[:2]) if n == batch]
+        places = torch.arange(count, device=x.device) % batch
+        return x.detach().index_select(axes[0], places) if axes else x.detach().clone()
+
+    args, kwargs = tree_map_only(Tensor, resized, (call.args, dict(call.kwargs)))
+    return Call(args, kwargs, count)
+
+
+class _Counter(TorchDispatchMode):
+    """Counts multiply-adds as `FlopCounterMode` does, but leaves gradients and module hooks alone."""
+
+    def __init__(self, hear: Callable[[int], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.hear = hear
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.hear(count(*args, **kwargs, out_val=out) // 2)
+        return out
 
 
 class Recorder:
-    """Listens to the layers of a model while its own code runs a batch; `stop()` gives the `Trace`.
+    """Listens to the layers of a model while its own code runs a batch of so many inputs; `stop()` gives the `Trace`.
 
     Compiled code runs eagerly meanwhile, since it would not call hooks, or would be compiled with them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._trace, self._stack = Trace(), ExitStack()
+    def __init__(self, model: nn.Module, batch: int = 1) -> None:
+        self._trace, self._stack, self._model = Trace(batch=batch), ExitStack(), model
+        self._names = {module: clean_name(name) for name, module in model.named_modules()}
         self._outputs: dict[int, tuple[str, weakref.ref[Tensor]]] = {}
-        self._inside: list[nn.Module] = []  # whose forward runs, innermost last
+        self._inside: list[nn.Module | None] = []  # whose forward runs, innermost last
+        self._network = ""
         self.read: set[str] = set()
+        self._alone: dict[tuple[str, tuple[int, ...]], list[int]] = {}  # calls on one vector or one table
+        self._of_shapes: dict[str, int] = {}  # multiply-adds by the shapes of a layer's inputs ...
+        self._counted: dict[tuple[str, str], int] = {}  # ... and as counted, by network and innermost module
+        self._counting = ExitStack()
         self._stack.enter_context(eager())
-        for name, module in [("", model), *model.named_children()]:
-            handle = module.register_forward_pre_hook(self._argument_listener(clean_name(name)))
-            self._stack.callback(handle.remove)
         for name, layer in find_layers(model).items():
             handle = layer.register_forward_hook(self._listener(name), with_kwargs=True)
             self._stack.callback(handle.remove)
             layer._parameters = _Watched(layer._parameters, partial(self._shown, name, layer))
             self._stack.callback(_unwatch, layer)
         for module in model.modules():
-            if module is not model or not hasattr(model, "training_step"):  # whose penalties may read weights
-                self._stack.callback(module.register_forward_pre_hook(self._enter).remove)
-                self._stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+            self._stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+            self._stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 self._stack.callback(module.register_forward_pre_hook(self._hear_norm).remove)
 
-    def stop(self) -> Trace:
+    def close(self) -> None:
+        """Listen no more, and leave nothing behind on the model."""
+        self._counting.close()
         self._stack.close()
-        for name in self.read & self._trace.calls.keys():
-            self._trace.odd[name] = READ
-        return self._trace
 
-    def _enter(self, module: nn.Module, _: Any) -> None:
+    def stop(self) -> Trace:
+        """What was heard."""
+        self.close()
+        trace = self._trace
+        for (name, size), (calls, vectors) in self._alone.items():
+            sizes = trace.calls[name]
+            # as many calls as inputs: a loop over them
+            sizes[size] = sizes.get(size, 0) + vectors * (1 if calls % trace.batch == 0 else trace.batch)
+        trace.hear_reads(self.read)
+        assert trace.rest is not None
+        for (network, name), macs in self._counted.items():
+            if name not in self._of_shapes:
+                owner = {name: network}
+                for other in set(trace.networks.values()):
+                    join(owner, name, other)
+                trace.rest[owner[name]] = trace.rest.get(owner[name], 0) + macs
+        self._compare()
+        return trace
+
+    def _compare(self) -> None:
+        """Warn where the layers' shapes give other multiply-adds than PyTorch's counter has seen in them."""
+        counted: Counter[str] = Counter()
+        for (_, name), macs in self._counted.items():
+            counted[name] += macs
+        for name, macs in self._of_shapes.items():
+            if name not in self._trace.odd and abs(counted[name] - macs) > 0.01 * macs:
+                warnings.warn(
+                    f"Layer {name!r}: {macs:,} multiply-adds by the shapes of its inputs, but PyTorch counted "
+                    f"{counted[name]:,} in it: budgets and reports of MACs may be wrong",
+                    stacklevel=2,
+                )
+                return
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is self._model and hasattr(module, "training_step") and not ismethod(module.forward):
+            # a strategy such as DDP runs `training_step` in place of forward: losses and penalties are not the network
+            self._inside.append(None)
+            return
+        name, call = self._names[module], Call(args, kwargs)
+        outermost = not self._is_inside()
+        if outermost and not _in_backward():
+            self._open(module, name, call)
+        wanted = (outermost or "." not in name) and not isinstance(module, LAYER_TYPES)
+        if wanted and name not in self._trace.arguments:
+            few = _few(call, self._trace.batch)
+            if few is not None:
+                self._trace.arguments[name] = few
         self._inside.append(module)
+
+    def _open(self, module: nn.Module, name: str, call: Call) -> None:
+        """`training_step` calls a module: a network of its own, unless it goes on with what another has computed."""
+        follows = any(isinstance(x, Tensor) and x.grad_fn is not None for x in _leaves(call))
+        if not follows and not isinstance(module, LAYER_TYPES):
+            self._network = name
+        if name not in self._trace.called:
+            self._trace.called.append(name)
+        self._counting.enter_context(_Counter(self._hear_macs))
 
     def _leave(self, *_: Any) -> None:
         self._inside.pop()
+        if not self._is_inside():
+            self._counting.close()
+
+    def _is_inside(self) -> bool:
+        return any(module is not None for module in self._inside)
+
+    def _hear_macs(self, macs: int) -> None:
+        module = self._inside[-1]
+        if module is not None:
+            key = (self._network, self._names[module])
+            self._counted[key] = self._counted.get(key, 0) + macs
 
     def _shown(self, name: str, layer: nn.Module, weight: Tensor) -> Tensor:
         """The weight as others see it: a use of its values is heard, a question for its type or shape is none."""
-        if not self._inside or self._inside[-1] is layer or isinstance(layer, LazyModuleMixin):
+        if not self._inside or self._inside[-1] in (layer, None) or isinstance(layer, LazyModuleMixin):
             return weight
 
         def read() -> Tensor:
@@ -167,16 +385,9 @@ class Recorder:
 
         return LazyWeight.of(weight, read)
 
-    def _argument_listener(self, name: str) -> Callable[..., None]:
-        def hear(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and all(isinstance(x, Tensor) and x.dim() for x in args):
-                self._trace.arguments.setdefault(name, tuple(x[:SAMPLES].detach().clone() for x in args))
-
-        return hear
-
     def _listener(self, name: str) -> Callable[..., None]:
         def hear(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-            if torch._C._current_graph_task_id() != -1:
+            if _in_backward():
                 return  # a second forward inside backward: activation checkpointing
             x = args[0] if args else kwargs.get("input")
             if not isinstance(x, Tensor) or len(args) + len(kwargs) > 1:
@@ -195,14 +406,23 @@ class Recorder:
     def _hear(self, name: str, layer: nn.Module, x: Tensor) -> None:
         axes = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)  # type: ignore[arg-type]
         batched = x.dim() > (axes + 1 if axes else 1)
-        if not self._trace.calls:  # the first layer's input tells the batch size
-            self._trace.batch = max(x.shape[0], 1) if batched else 1
+        alone = self._trace.batch > 1 and (not batched or x.shape[0] == 1)
         x = x.reshape(-1, *x.shape[-axes - 1 :])
-        sizes = self._trace.calls.setdefault(name, {})
-        size = tuple(x.shape[2:])
-        sizes[size] = sizes.get(size, 0) + x.shape[0]
+        sizes, size = self._trace.calls.setdefault(name, {}), tuple(x.shape[2:])
+        if alone:
+            heard = self._alone.setdefault((name, size), [0, 0])
+            heard[0], heard[1] = heard[0] + 1, heard[1] + x.shape[0]
+        else:
+            sizes[size] = sizes.get(size, 0) + x.shape[0]
+        join(self._trace.networks, name, self._network)
+        macs = spec_of(layer).with_(inputs=((x.shape[0], *size),)).macs or 0
+        self._of_shapes[name] = self._of_shapes.get(name, 0) + macs
         if name not in self._trace.samples:
             self._trace.samples[name] = x[:SAMPLES].clone()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 class _Watched(dict[str, Any]):
@@ -229,18 +449,19 @@ def eager() -> AbstractContextManager[None]:
     return stance
 
 
-def record(model: nn.Module, example_input: Any, training: bool = False) -> Trace:
+def record(model: nn.Module, example_input: Any, batch_size: int | None = None, training: bool = False) -> Trace:
     """The trace of a forward pass of a copy in evaluation mode, without gradient.
 
     With `training`, of a model in training mode another pass is heard in the modes that it is in, in which other layers
     may run or have their weights read; one that runs in one of both ways is heard in that. Raises what evaluation
-    raised where neither runs.
+    raised where neither runs, and `ValueError` where it cannot be told how many inputs `example_input` holds.
     """
+    batch = count_inputs(example_input, batch_size)
     traces, problems = [], []
     read: set[str] = set()
     for own in (False, True) if training and model.training else (False,):
         try:
-            traces.append(_record(model, example_input, own, read))
+            traces.append(_record(model, example_input, batch, own, read))
         except Exception as error:  # batch norm, for instance, refuses a single input in training
             problems.append(error)
     if not traces:
@@ -249,33 +470,32 @@ def record(model: nn.Module, example_input: Any, training: bool = False) -> Trac
     for other in traces[1:]:
         trace.calls = other.calls | trace.calls
         trace.samples = other.samples | trace.samples
+        trace.networks = other.networks | trace.networks
         trace.odd = other.odd | trace.odd
-    for name in read & trace.calls.keys():
-        trace.odd.setdefault(name, READ)
+    trace.hear_reads(read)
     return trace
 
 
-def _record(model: nn.Module, example_input: Any, training: bool, read: set[str]) -> Trace:
+def _record(model: nn.Module, example_input: Any, batch: int, training: bool, read: set[str]) -> Trace:
     """One pass; adds the layers whose weight others read, whether they run themselves or not."""
     model = detached_copy(model)
-    recorder = Recorder(model)
+    recorder = Recorder(model, batch)
     try:
         run(model, example_input, training)
     finally:
-        trace = recorder.stop()
+        recorder.close()
     read |= recorder.read
-    return trace
+    return recorder.stop()
 
 
 def run(model: nn.Module, example_input: Any, training: bool = False) -> Any:
-    """`model(example_input)`, or `model(*example_input)` for a tuple, without changing its modes or the random state;
-    in evaluation mode, or with `training` in the modes that it is in."""
-    modes = {module: module.training for module in model.modules()}
-    args = example_input if isinstance(example_input, tuple) else (example_input,)
+    """The model on its argument, a tuple of arguments or a `Call`, without changing its modes or the random state; in
+    evaluation mode, or with `training` in the modes that it is in."""
+    modes, call = {module: module.training for module in model.modules()}, Call.of(example_input)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
-            return (model if training else model.eval())(*args)
+            return (model if training else model.eval())(*call.args, **call.kwargs)
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, final
@@ -22,8 +22,10 @@ class Targets:
     """Layers by shell-style patterns on the whole dotted module name, by type and by size.
 
     `types` holds class names such as `"Conv2d"`. `skip_first` leaves out the first convolution that runs, `skip_last`
-    the last linear layer that runs, `min_channels` convolutions with fewer input channels. The DeepTwist paper leaves
-    out the first convolution, and in VGG19 and ResNet-34 `min_channels=128`.
+    the last linear layer that runs, `min_channels` convolutions with fewer input channels. Where `training_step` calls
+    several networks, each with data and not with what another has computed (a student and its teacher, a generator and
+    a discriminator), each has a first and a last one. The DeepTwist paper leaves out the first convolution, and in
+    VGG19 and ResNet-34 `min_channels=128`.
     """
 
     include: Sequence[str] = ("*",)
@@ -52,11 +54,7 @@ class Targets:
         of running. Raises `ValueError` for a pattern that matches no layer."""
         layers = find_layers(model)
         check_patterns((*self.include, *self.exclude), layers, "targets")
-        order = [name for name in (trace.calls if trace else layers) if name in layers]
-        convolutions = [name for name in order if not isinstance(layers[name], nn.Linear)]
-        linears = [name for name in order if isinstance(layers[name], nn.Linear)]
-        first = convolutions[:1] if self.skip_first else []
-        last = linears[-1:] if self.skip_last else []
+        ends = self._ends(layers, trace)
         reasons = {}
         for name, layer in layers.items():
             width: Any = math.inf if isinstance(layer, nn.Linear) else layer.in_channels
@@ -64,13 +62,26 @@ class Targets:
                 reasons[name] = "not among the targets"
             elif self.types is not None and not any(kind.__name__ in self.types for kind in type(layer).__mro__):
                 reasons[name] = f"not of type {' or '.join(self.types)}"
-            elif name in first:
-                reasons[name] = "the first convolution"
-            elif name in last:
-                reasons[name] = "the last linear layer"
+            elif name in ends:
+                reasons[name] = ends[name]
             elif width < self.min_channels:
                 reasons[name] = f"fewer than {self.min_channels} input channels"
         return reasons
+
+    def _ends(self, layers: Mapping[str, nn.Module], trace: Trace | None) -> dict[str, str]:
+        """The first convolution and the last linear layer of every network, in these words."""
+        networks: dict[str, list[str]] = {}
+        for name in trace.calls if trace else layers:
+            if name in layers:
+                networks.setdefault(trace.networks.get(name, "") if trace else "", []).append(name)
+        found: dict[str, str] = {}
+        for network, names in networks.items():
+            of = "" if len(networks) == 1 else f" of {network or 'the module'}"
+            linears = [name for name in names if isinstance(layers[name], nn.Linear)]
+            convolutions = [name for name in names if not isinstance(layers[name], nn.Linear)]
+            found |= dict.fromkeys(convolutions[:1] if self.skip_first else [], f"the first convolution{of}")
+            found |= dict.fromkeys(linears[-1:] if self.skip_last else [], f"the last linear layer{of}")
+        return found
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -136,7 +136,7 @@ def test_checkpointed_layers_are_counted_once():
             return self.second(checkpoint(lambda y: torch.tanh(self.first(y)), x, use_reentrant=False))
 
     model = Checkpointed()
-    recorder = Recorder(model)
+    recorder = Recorder(model, 5)
     model(torch.randn(5, 6, requires_grad=True)).sum().backward()
     trace = recorder.stop()
     assert trace.inputs("first") == trace.inputs("second") == ((1,),)
@@ -159,7 +159,7 @@ def test_a_compiled_model_is_heard_and_runs_compiled_again():
 
     model = torch.compile(Net(), backend=backend)
     x = images(1)[0]
-    recorder = Recorder(model)
+    recorder = Recorder(model, len(x))
     model(x)
     trace = recorder.stop()
     assert list(trace.calls) == ["conv1", "conv2", "fc1", "fc2"]

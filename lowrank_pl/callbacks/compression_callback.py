@@ -29,7 +29,8 @@ Occasion: TypeAlias = Literal["training", "evaluation", "end"]
 
 class CompressionCallback(pl.Callback, ABC):
     """Weights are changed in place and modules never swapped; structures are known after the first batch, to which
-    the callback listens. Training ends with projected weights in memory, while checkpoints hold the training weights.
+    the callback listens. Layers that run or thaw later join then. Training ends with projected weights in memory, while
+    checkpoints hold the training weights.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class CompressionCallback(pl.Callback, ABC):
         targets: Targets | None,
         evaluate_distorted: bool,
         recalibrate_bn: int,
+        batch_size: int | None = None,
     ) -> None:
         rank = DEFAULT_RANK if rank is None else rank
         resolve(method, Candidates, "method", FirstOf)  # type: ignore[type-abstract]
@@ -46,14 +48,18 @@ class CompressionCallback(pl.Callback, ABC):
         if targets is not None and not isinstance(targets, Targets):
             raise TypeError(f"Expected argument `targets` to be a Targets but got {targets!r}")
         check_int("recalibrate_bn", recalibrate_bn, 0, "number of batches")
+        if batch_size is not None:
+            check_int("batch_size", batch_size, 1)
         self.method, self.rank, self.targets = method, rank, targets
         self.evaluate_distorted, self.recalibrate_bn = evaluate_distorted, recalibrate_bn
         self.plan: Plan | None = None
         self.distortion: Distortion | None = None  # the last one
         self.last_step = 0  # the optimizer step after which training was last acted on
+        self._joined: set[str] = set()  # layers that take part, also where they are frozen later
         self._restored = False
         self._module: pl.LightningModule | None = None
-        self._listener, self._swap = Listener(), Swap()
+        self.batch_size = batch_size
+        self._listener, self._swap = Listener(batch_size), Swap()
 
     @abstractmethod
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -69,7 +75,7 @@ class CompressionCallback(pl.Callback, ABC):
 
     @property
     def trace(self) -> Trace | None:
-        """What the first batch showed."""
+        """What the batches showed that were listened to."""
         return self._listener.trace
 
     # -- when ------------------------------------------------------------------------------------------------------
@@ -82,7 +88,7 @@ class CompressionCallback(pl.Callback, ABC):
         if stage == "fit":
             self._swap.reopen()  # another fit goes on from the training weights
             self.plan = self.distortion = None
-            self._listener, self._restored = Listener(), False
+            self._listener, self._restored, self._joined = Listener(self.batch_size), False, set()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for name in ("monitor_loss", "recalibrate_bn"):
@@ -103,7 +109,9 @@ class CompressionCallback(pl.Callback, ABC):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._listener.start(pl_module)
+        if self.plan is not None and self.plan.has_thawed():
+            self._make_plan(trainer, pl_module)
+        self._listener.start(pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -113,9 +121,13 @@ class CompressionCallback(pl.Callback, ABC):
             self.after_step(trainer, pl_module, batch, batch_idx)
 
     def finish_listening(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The first batch has run: make the plan."""
-        if self._listener.stop():
+        """A batch has run that was listened to: make the plan."""
+        if self._listener.stop(pl_module):
             self._make_plan(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_last_batch:  # else `max_steps` has ended it in the middle, and a resumed run goes on listening
+            self._listener.end_epoch()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.close(trainer, pl_module)
@@ -134,7 +146,8 @@ class CompressionCallback(pl.Callback, ABC):
 
     def _make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before = None if self.plan is None else [c.name for c in self.plan.compressions]
-        self.plan = make_plan(pl_module, self.method, self.rank, self.targets, self.trace, training=True)
+        self.plan = make_plan(pl_module, self.method, self.rank, self.targets, self.trace, True, self._joined)
+        self._joined |= {c.name for c in self.plan.compressions}
         for c in self.plan.compressions:
             if c.parameter.dtype not in (torch.float32, torch.float64):
                 raise TypeError(
@@ -226,11 +239,12 @@ class CompressionCallback(pl.Callback, ABC):
         self._swap.substitute(pl_module, checkpoint["state_dict"])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_step": self.last_step, "trace": self._listener.state_dict()}
+        return {"last_step": self.last_step, "trace": self._listener.state_dict(), "joined": sorted(self._joined)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.last_step, self._restored = state_dict["last_step"], True
         self._listener.load_state_dict(state_dict["trace"])
+        self._joined = set(state_dict.get("joined", ()))  # before 0.2 none were kept
 
     def log_metrics(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
         """To the loggers directly: `pl_module.log` drops steps that `log_every_n_steps` does not divide, and raises

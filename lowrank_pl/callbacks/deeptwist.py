@@ -31,7 +31,7 @@ class DeepTwist(CompressionCallback):
 
     Ranks are chosen once, at the first distortion (or at the start, where the rule looks at shapes alone), and kept: a
     rule that is asked again about weights that it has projected chooses smaller and smaller ranks. They are printed
-    and logged then (`lowrank/rank/LAYER`).
+    and logged then (`lowrank/rank/LAYER`). Layers that first run or thaw later get theirs at the next distortion.
 
     Args:
         S_D: optimizer steps (not micro-batches) from one distortion to the next.
@@ -43,6 +43,8 @@ class DeepTwist(CompressionCallback):
             where weights say nothing about ranks at first.
         evaluate_distorted: validation, test and prediction see projected weights, as they would be deployed.
         recalibrate_bn: re-estimate batch norm statistics over so many training batches after the last distortion.
+        batch_size: inputs in a batch, where its tensors do not tell (lists of images, sequence first); for costs and
+            reports for one input.
         monitor_loss: log the loss of the current batch before and after each distortion (two extra forward passes).
 
     Logs `lowrank/delta_w`, `||w - w~||_F^2 / N(w)` over all targets, at every distortion, and with `monitor_loss`
@@ -59,13 +61,14 @@ class DeepTwist(CompressionCallback):
         recalibrate_bn: int = 0,
         monitor_loss: bool = False,
         choose_at: int = 0,
+        batch_size: int | None = None,
     ) -> None:
-        super().__init__(method, rank, targets, evaluate_distorted, recalibrate_bn)
+        super().__init__(method, rank, targets, evaluate_distorted, recalibrate_bn, batch_size)
         check_int("S_D", S_D, 1, "number of optimizer steps")
         check_int("choose_at", choose_at, 0, "number of optimizer steps")
         self.S_D, self.monitor_loss, self.choose_at = S_D, monitor_loss, choose_at
         self.choices: dict[str, Choice] | None = None
-        self._loaded: Mapping[str, list[int]] | None = None
+        self._loaded: Mapping[str, list[int] | None] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -75,17 +78,19 @@ class DeepTwist(CompressionCallback):
     def planned(self, trainer: pl.Trainer, plan: Plan) -> None:
         if self._loaded is not None:
             self.choices, self._loaded = _restored(plan, self._loaded), None
-            self._show(trainer, plan)
+            if self.choices.keys() == {c.name for c in plan.compressions}:
+                self._show(trainer, plan)
         elif all(c.rule.sees_shapes_alone for c in plan.compressions):
             self._choose(trainer, plan, plan.problems())
-        elif self.choices is not None and self.choices.keys() != {c.name for c in plan.compressions}:
+        elif self.choices is not None and not self.choices.keys() <= {c.name for c in plan.compressions}:
             self.choices = None  # those of other layers
 
     def project(self, trainer: pl.Trainer, plan: Plan, occasion: Occasion) -> Distortion:
-        problems, choices = plan.problems(), self.choices
-        if choices is None and occasion == "evaluation":  # as it would be deployed now; nothing is settled yet
-            choices = from_first(lambda: plan.choose_ranks(problems))
-        elif choices is None:
+        problems, choices = plan.problems(), self.choices or {}
+        missing = any(c.name not in choices for c in plan.compressions)
+        if missing and occasion == "evaluation":  # as it would be deployed now; nothing is settled yet
+            choices = self._chosen(plan, problems)
+        elif missing:
             choices = self._choose(trainer, plan, problems)
         return distort_(plan, choices, problems)
 
@@ -103,10 +108,15 @@ class DeepTwist(CompressionCallback):
         self.log_metrics(trainer, metrics)
 
     def _choose(self, trainer: pl.Trainer, plan: Plan, problems: Mapping[str, RankProblem]) -> dict[str, Choice]:
-        self.choices = from_first(lambda: plan.choose_ranks(problems))
+        self.choices = self._chosen(plan, problems)
         self._show(trainer, plan)
         self.log_metrics(trainer, rank_metrics(plan, self.choices))
         return self.choices
+
+    def _chosen(self, plan: Plan, problems: Mapping[str, RankProblem]) -> dict[str, Choice]:
+        """By the rules for layers that have no rank yet. A budget that others have met is met with these compressed."""
+        found = from_first(lambda: plan.choose_ranks(problems))
+        return {name: (self.choices or {}).get(name, choice) for name, choice in found.items()}
 
     def _show(self, trainer: pl.Trainer, plan: Plan) -> None:
         if trainer.is_global_zero and self.choices is not None:
@@ -119,7 +129,9 @@ class DeepTwist(CompressionCallback):
         if self.choices is None or self.plan is None:
             stored = self._loaded
         else:
-            stored = {c.name: c.to_list(self.choices[c.name]) for c in self.plan.compressions}
+            known = self.choices  # None for a layer that has joined since the last distortion
+            names = {c.name: c for c in self.plan.compressions}
+            stored = {name: c.to_list(known[name]) if name in known else None for name, c in names.items()}
         return {**super().state_dict(), "ranks": stored, "asked": self._asked}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -139,7 +151,7 @@ class DeepTwist(CompressionCallback):
         return same_words(f"method={self.method!r}, rank={self.rank!r}, targets={self.targets!r}")
 
 
-def _restored(plan: Plan, ranks: Mapping[str, list[int]]) -> dict[str, Choice]:
+def _restored(plan: Plan, ranks: Mapping[str, list[int] | None]) -> dict[str, Choice]:
     choices = {}
     for c in plan.compressions:
         if c.name not in ranks:
@@ -147,7 +159,10 @@ def _restored(plan: Plan, ranks: Mapping[str, list[int]]) -> dict[str, Choice]:
                 f"Layer {c.name!r} takes part now but did not when the checkpoint was written: expected the same "
                 "network, method and targets"
             )
-        choices[c.name] = choice = c.from_list(ranks[c.name])
+        stored = ranks[c.name]
+        if stored is None:
+            continue
+        choices[c.name] = choice = c.from_list(stored)
         if choice.decomposition is not None:
             with c.problem().named():  # of another method, perhaps
                 choice.decomposition.check_rank(c.layer, choice.rank)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import BaseFinetuning
 from torch.optim import LBFGS, SGD
 
 from lowrank_pl.callbacks.learning_rate import stability
@@ -18,10 +19,11 @@ from lowrank_pl.ranks.cost_penalty import MILLION
 
 
 def check_targets(trainer: pl.Trainer, plan: Plan) -> None:
-    """Raise `ValueError` for targets that are not trained."""
+    """Raise `ValueError` for targets that are not trained, and that no callback is there to thaw."""
+    thaws = any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     optimized = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, reason in plan.dense.items():
-        if reason.startswith("frozen"):
+        if reason.startswith("frozen") and not thaws:
             raise ValueError(
                 f"Layer {name!r} is {reason}: expected weights that are trained. Unfreeze it, or leave it out by "
                 "Targets(exclude=[...])"

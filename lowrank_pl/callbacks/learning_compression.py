@@ -44,8 +44,9 @@ class LearningCompression(CompressionCallback):
     Algorithm 1. L steps, the module's own training with the gradient of `mu/2 ||W - Theta - beta/mu||^2` added, take
     turns with C steps, which choose the rank of every layer and its Theta in closed form. Start from trained weights:
     the first act is a C step. After `steps` C steps, which are `(steps - 1) * l_step_epochs` epochs, the trainer is
-    stopped with Theta in the module; extract it with `ExtractStructure` and train its factors for a while. Checkpoints
-    hold the training weights and this callback's state, and a resumed run goes on as if it had not stopped.
+    stopped with Theta in the module; extract it with `ExtractStructure` and train its factors for a while. A layer that
+    first runs or thaws later joins at the next C step. Checkpoints hold the training weights and this callback's state,
+    and a resumed run goes on as if it had not stopped.
 
     Args:
         lambda_: loss per million units of cost, times each layer's `||W||^2` (tens to hundreds) unless `normalize` is
@@ -64,6 +65,8 @@ class LearningCompression(CompressionCallback):
         targets: which layers; default `Targets()`, all but the first convolution and the last linear layer.
         evaluate_distorted: validation, test and prediction see Theta.
         recalibrate_bn: re-estimate batch norm statistics over so many training batches at the end.
+        batch_size: inputs in a batch, where its tensors do not tell (lists of images, sequence first); for costs and
+            reports for one input.
 
     Logs, under `lowrank/`, at every C step: `mu`, `gap`, `penalty`, `cost` (`lambda C(r)`), `lambda`,
     `lagrangian_before` and `lagrangian_after` (without the training loss, which a C step does not change), and
@@ -84,6 +87,7 @@ class LearningCompression(CompressionCallback):
         evaluate_distorted: bool = True,
         recalibrate_bn: int = 0,
         most: Caps = None,
+        batch_size: int | None = None,
         **settings: Unpack[LCSettings],
     ) -> None:
         if (lambda_ is None) == (budget is None):
@@ -99,7 +103,7 @@ class LearningCompression(CompressionCallback):
                 "Expected argument `most` beside `lambda_` only: a budget has its own, CostBudget(most=...)"
             )
         self.rule = CostPenalty(lambda_, cost, most) if budget is None else budget  # type: ignore[arg-type]
-        super().__init__(method, self.rule, targets, evaluate_distorted, recalibrate_bn)
+        super().__init__(method, self.rule, targets, evaluate_distorted, recalibrate_bn, batch_size)
         self.schedule, self.l_step = schedule_and_l_step(schedule, l_step, settings)
         self.normalize = normalize
         self.state: LCState | None = None
@@ -165,7 +169,8 @@ class LearningCompression(CompressionCallback):
         if state is None:  # nothing has been trained
             dense = dict.fromkeys((c.name for c in plan.compressions), DENSE)
             return Distortion(dense, plan.factor(dense), 0.0)
-        return Distortion(state.choices, state.structures, write_weights_(plan, state.structures))
+        choices, structures = state.completed(plan)
+        return Distortion(choices, structures, write_weights_(plan, structures))
 
     # -- C steps ---------------------------------------------------------------------------------------------------
 

@@ -51,14 +51,14 @@ class Latency(StructureCost):
 
     def __call__(self, layer: LayerSpec) -> float:
         key = json.dumps([layer.to_dict(), layer.inputs])
-        return self._remembered(key, lambda: self._measure(layer, [build(layer, bias=False)]))[0]
+        return layer.share * self._remembered(key, lambda: self._measure(layer, [build(layer, bias=False)]))[0]
 
     def of_structure(self, layer: LayerSpec, decomposition: Decomposition, rank: Rank) -> float:
         """Of the layer as this structure: [1, full] in every entry of the rank."""
         grid = _grid(decomposition.full_rank(layer), self.points)
         key = json.dumps([layer.to_dict(), layer.inputs, repr(decomposition), self.points])
         times = self._remembered(key, lambda: self._measure_grid(layer, decomposition, grid))
-        return _interpolate(grid, np.reshape(times, [len(axis) for axis in grid]), rank)
+        return layer.share * _interpolate(grid, np.reshape(times, [len(axis) for axis in grid]), rank)
 
     def conditions(self) -> dict[str, Any]:
         """What the measured times hold for."""

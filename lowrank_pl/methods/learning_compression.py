@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.compression import Compression, Plan, describe
-from lowrank_pl.decompositions import ZERO, Choice
+from lowrank_pl.decompositions import DENSE, ZERO, Choice
 from lowrank_pl.linalg import squared_norm
 from lowrank_pl.ranks import CostBudget, CostPenalty, RankProblem, enumerate_ranks
 from lowrank_pl.ranks.caps import cap_of
@@ -53,12 +53,22 @@ class LCState:
         """The multipliers of one layer, shaped as its weight."""
         return self.mu * (self.anchors[name] - self.structures[name].reconstruct())
 
+    def knows(self, c: Compression) -> bool:
+        """Whether the layer has taken part in a C step: not one that first ran, or thawed, since the last one."""
+        return c.name in self.choices
+
+    def completed(self, plan: Plan) -> tuple[dict[str, Choice], dict[str, Structure]]:
+        """Choices and structures of all targets, dense for those that it does not know."""
+        choices = {c.name: self.choices.get(c.name, DENSE) for c in plan.compressions}
+        dense = {c.name: c.problem().structure(DENSE) for c in plan.compressions if not self.knows(c)}
+        return choices, {**self.structures, **dense}
+
     def to_dict(self, plan: Plan) -> dict[str, Any]:
         """Plain containers and tensors, for a checkpoint."""
         return {
             "mu": self.mu,
             "steps": self.steps,
-            "ranks": {c.name: c.to_list(self.choices[c.name]) for c in plan.compressions},
+            "ranks": {c.name: c.to_list(self.choices[c.name]) if self.knows(c) else None for c in plan.compressions},
             "factors": {name: list(structure.tensors) for name, structure in self.structures.items()},
             "anchors": dict(self.anchors),
             "scales": dict(self.scales),
@@ -76,6 +86,8 @@ class LCState:
                     f"Layer {c.name!r} takes part now but did not when the checkpoint was written: expected the same "
                     "network, method and targets"
                 )
+            if values["ranks"][c.name] is None:
+                continue
             choices[c.name] = choice = c.from_list(values["ranks"][c.name])
             here = c.parameter.device
             empty = [c.read().new_empty(0)]  # before 0.2 nothing was stored for rank 0
@@ -122,23 +134,25 @@ def c_step(
     """Theta and the ranks that minimize `lambda C(r) + mu/2 ||W - Theta - beta/mu||^2`; then `beta -= mu (W - Theta)`
     and the anchors for an L step at `next_mu`.
 
-    Before the first one (`state` None) Theta and beta are 0. With `normalize` lambda is multiplied by the `||W||^2`
-    that each layer has then; without `augmented` beta stays 0. Layers of `normed` (whose output goes into batch norm)
-    get no penalty while their rank is 0. Weights and state are left as they are. Raises `ValueError` with the layer's
-    name for weights that are not finite.
+    Before a layer's first one Theta and beta are 0. With `normalize` lambda is multiplied by the `||W||^2` that each
+    layer has then; without `augmented` beta stays 0. Layers of `normed` (whose output goes into batch norm) get no
+    penalty while their rank is 0. Weights and state are left as they are. Raises `ValueError` with the layer's name for
+    weights that are not finite.
     """
     plan.check_finite()
-    scales = (
-        state.scales if state else {c.name: squared_norm(c.read()) if normalize else 1.0 for c in plan.compressions}
-    )
-    problems = [c.problem(_shifted(c, state), scales[c.name], least=0) for c in plan.compressions]
+    known = {c.name: state if state and state.knows(c) else None for c in plan.compressions}
+    scales = {c.name: squared_norm(c.read()) if normalize else 1.0 for c in plan.compressions if known[c.name] is None}
+    scales |= state.scales if state else {}
+    problems = [c.problem(_shifted(c, known[c.name]), scales[c.name], least=0) for c in plan.compressions]
     choices, lambda_ = _choose(plan, rule, problems, state, mu)
     multiplied = next_mu if augmented else float("inf")
     steps = {
-        c.name: _layer_step(c, rule, problem, choice, state, lambda_ / MILLION, mu, multiplied, c.name in normed)
+        c.name: _layer_step(
+            c, rule, problem, choice, known[c.name], lambda_ / MILLION, mu, multiplied, c.name in normed
+        )
         for c, problem, choice in zip(plan.compressions, problems, choices, strict=True)
     }
-    changed = state is None or any(state.choices[name] != step.choice for name, step in steps.items())
+    changed = state is None or any(state.choices.get(name) != step.choice for name, step in steps.items())
     after = LCState(
         mu=next_mu,
         steps=state.steps + 1 if state else 1,
@@ -234,7 +248,7 @@ def add_penalty_gradients_(plan: Plan, state: LCState, only: Collection[nn.Param
     chosen = None if only is None else {id(parameter) for parameter in only}
     for c in plan.compressions:
         weight = c.parameter
-        if c.name in state.free or (chosen is not None and id(weight) not in chosen):
+        if c.name in state.free or not state.knows(c) or (chosen is not None and id(weight) not in chosen):
             continue
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
@@ -248,7 +262,7 @@ def _choose(
     if isinstance(rule, CostPenalty):
         return rule(problems, mu / 2), rule.lambda_
     choices, lambda_ = rule.solve(problems, mu / 2, plan.others(plan.compressions))
-    if state is None:
+    if state is None or not all(state.knows(c) for c in plan.compressions):
         return choices, lambda_
 
     def objective(chosen: Sequence[Choice]) -> float:

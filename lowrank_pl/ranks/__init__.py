@@ -1,6 +1,6 @@
 """Rules that choose ranks, one file each."""
 
-from lowrank_pl.ranks.base import RankProblem, RankRule
+from lowrank_pl.ranks.base import Others, RankProblem, RankRule
 from lowrank_pl.ranks.compression_ratio import CompressionRatio
 from lowrank_pl.ranks.cost_budget import CostBudget
 from lowrank_pl.ranks.cost_penalty import CostPenalty
@@ -22,6 +22,7 @@ __all__ = [
     "FixedRank",
     "GreedyEnergy",
     "MultipleOf",
+    "Others",
     "RankFraction",
     "RankProblem",
     "RankRule",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -83,6 +83,17 @@ class RankProblem:
         return self.decomposition.layout(self.layer, rank).num_weights
 
 
+class Others(tuple[LayerSpec, ...]):
+    """The network's other layers, and its multiply-adds for one input that are in no layer at all."""
+
+    macs: float
+
+    def __new__(cls, layers: Iterable[LayerSpec], macs: float) -> Others:
+        others = super().__new__(cls, layers)
+        others.macs = macs
+        return others
+
+
 def at_fraction(full: Rank, fraction: float) -> Rank:
     """Every entry of the full rank times `fraction`: rounded half up, at least 1, at most full."""
     return tuple(min(max(int(most * fraction + 0.5), 1), most) for most in full)
@@ -108,7 +119,7 @@ class RankRule(ABC):
         """One choice per problem. A rank whose factors are not cheaper than the layer stands for the dense layer.
 
         `error_weight` multiplies squared errors against costs. `others` are the network's other layers, whose cost
-        counts against a budget.
+        counts against a budget; as `Others` they also tell what no layer covers.
         """
 
     def note(self, problem: RankProblem, rank: Rank) -> str | None:

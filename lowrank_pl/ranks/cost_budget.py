@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, final
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, final, get_args
 
-from lowrank_pl.checks import check_number
-from lowrank_pl.costs import Cost
+from lowrank_pl.checks import check_among, check_number
+from lowrank_pl.costs import Cost, Macs
 from lowrank_pl.decompositions import Choice
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.ranks.base import CostRule, RankProblem
+from lowrank_pl.ranks.base import CostRule, Others, RankProblem
 from lowrank_pl.ranks.caps import Caps, cap_of, check_caps, check_patterns_of_caps
 from lowrank_pl.ranks.cost_penalty import MILLION
 from lowrank_pl.ranks.enumeration import enumerate_ranks, total_cost
 from lowrank_pl.ranks.knapsack import fill, improve, spent
+
+BudgetOf: TypeAlias = Literal["network", "layers"]
 
 
 @final
@@ -22,20 +24,24 @@ from lowrank_pl.ranks.knapsack import fill, improve, spent
 class CostBudget(CostRule):
     """The ranks with the least error among those with which the whole network costs at most `ratio` of the dense one.
 
-    All linear layers and convolutions count, also those that are not compressed (or that another rule of a mapping
-    decides, as dense). The error is the sum over layers of `||W - W_r||_F^2 / cost_weight`, so that a `CostPenalty`
-    with the right lambda would choose the same ranks where it meets the budget exactly. That lambda is found by
-    bisection; what it leaves of the budget goes to the ranks that gain most by it, until no single rank can grow; and
-    where more than a thousandth of the error could still be won, ranks are exchanged between layers. `most` caps ranks
-    as in `CostPenalty`. Raises `ValueError` with the least reachable ratio for a budget below it.
+    All that the network computes counts: layers that are not compressed (or that another rule of a mapping decides, as
+    dense), and, where the cost is `"macs"`, what is in no layer at all, such as attention's products; `of="layers"` is
+    a budget of linear layers and convolutions alone. The error is the sum over layers of
+    `||W - W_r||_F^2 / cost_weight`, so that a `CostPenalty` with the right lambda would choose the same ranks where it
+    meets the budget exactly. That lambda is found by bisection; what it leaves of the budget goes to the ranks that
+    gain most by it, until no single rank can grow; and where more than a thousandth of the error could still be won,
+    ranks are exchanged between layers. `most` caps ranks as in `CostPenalty`. Raises `ValueError` for a budget below
+    the least reachable ratio, with that ratio and what it is made of.
     """
 
     cost: str | Cost = "macs"
     ratio: float = 0.5
     most: Caps = None
+    of: BudgetOf = field(default="network", repr=False)  # checkpoints hold the repr, older ones without it
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
+        check_among("of", self.of, get_args(BudgetOf))
         object.__setattr__(self, "cost", self.charged)
         object.__setattr__(self, "most", check_caps(self.most))
 
@@ -60,7 +66,7 @@ class CostBudget(CostRule):
         weights = [max(w, smallest) for w in weights]
         dense = total_cost([problem.layer for problem in problems], self.charged)
         least = float(sum(cost[0] for cost in costs))
-        budget = left_for(dense, least, total_cost(others, self.charged), self.ratio)
+        budget = left_for(dense, least, others, self.charged, self.ratio, self.of)
 
         def at(lambda_: float) -> list[int]:
             return [each.best(lambda_ * w, error_weight) for each, w in zip(layers, weights, strict=True)]
@@ -86,13 +92,16 @@ def check_ratio(ratio: Any) -> None:
     check_number("ratio", ratio, lambda x: 0 < x <= 1, "a share of the dense cost in (0, 1]")
 
 
-def left_for(dense: float, least: float, others: float, ratio: float) -> float:
-    """What `ratio` of the whole network's dense cost leaves to layers that cost `dense` and can cost `least`, while the
-    others cost `others`."""
-    total = dense + others
-    if least + others > ratio * total:
+def left_for(dense: float, least: float, others: Sequence[LayerSpec], cost: Cost, ratio: float, of: BudgetOf) -> float:
+    """What `ratio` of the whole network's dense cost leaves to layers that cost `dense` and can cost `least`."""
+    rest = others.macs if of == "network" and isinstance(others, Others) and isinstance(cost, Macs) else 0.0
+    fixed = total_cost(others, cost)
+    total = dense + fixed + rest
+    if least + fixed + rest > ratio * total:
+        beyond = f", {rest / total:.4f} what no layer covers (of='layers' leaves it out)" if rest else ""
         raise ValueError(
             f"A budget of {ratio:g} of the dense cost cannot be reached: the smallest ranks cost "
-            f"{(least + others) / total:.4f} of it. Ask for more, or compress more layers"
+            f"{(least + fixed + rest) / total:.4f} of it; of that, {fixed / total:.4f} are layers that stay dense"
+            f"{beyond}. Ask for more, or compress more layers"
         )
-    return max(ratio * total - others, least)  # a difference that rounding can leave below
+    return max(ratio * total - fixed - rest, least)  # a difference that rounding can leave below

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias, final
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, final, get_args
 
 import numpy as np
 
+from lowrank_pl.checks import check_among
 from lowrank_pl.costs import Cost
 from lowrank_pl.decompositions import DENSE, Choice
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import CostRule, RankProblem
-from lowrank_pl.ranks.cost_budget import check_ratio, left_for
+from lowrank_pl.ranks.cost_budget import BudgetOf, check_ratio, left_for
 from lowrank_pl.ranks.enumeration import descend, enumerate_ranks, total_cost
 from lowrank_pl.ranks.knapsack import fill, spent
 
@@ -29,16 +30,17 @@ class GreedyEnergy(CostRule):
     one singular value after another is dropped: the one by which the logarithm of the product falls least per cost
     saved. On the way down a rank costs what its factors cost, also where that is more than the dense layer; what is
     held against the budget is what will be deployed, dense layers where factors are not cheaper. What the last move
-    leaves of the budget goes to the ranks that gain most by it, until no single rank can grow. The cost is that of all
-    linear layers and convolutions, compressed or not. Raises `ValueError` with the least reachable ratio for a budget
-    below it.
+    leaves of the budget goes to the ranks that gain most by it, until no single rank can grow. The cost is that of the
+    whole network, or of its linear layers and convolutions, as for `CostBudget`, and so is what is raised.
     """
 
     cost: str | Cost = "macs"
     ratio: float = 0.5
+    of: BudgetOf = field(default="network", repr=False)
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
+        check_among("of", self.of, get_args(BudgetOf))
         object.__setattr__(self, "cost", self.charged)
 
     def __call__(
@@ -49,7 +51,7 @@ class GreedyEnergy(CostRule):
         layers = [descend(problems[k], self.charged) for k in order]
         dense = total_cost([problem.layer for problem in problems], self.charged)
         least = float(sum(layer.accounted[-1] for layer in layers))
-        budget = left_for(dense, least, total_cost(others, self.charged), self.ratio)
+        budget = left_for(dense, least, others, self.charged, self.ratio, self.of)
         energies = [float(problems[k].weight.double().square().sum()) for k in order]
         paths = [
             _path(layer.costs, _lost(layer.errors, energy)) for layer, energy in zip(layers, energies, strict=True)

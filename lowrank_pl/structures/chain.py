@@ -68,7 +68,7 @@ class Chain(Layout):
             return None
         stages, inputs = [], layer.inputs
         for each in stored:
-            stages.append(LayerSpec.from_dict(each).with_(inputs=inputs))
+            stages.append(LayerSpec.from_dict(each).with_(inputs=inputs, share=layer.share))
             inputs = stages[-1].outputs
         fits = all(before.out_channels == after.in_channels for before, after in pairwise(stages))
         ends = (stages[0].in_channels, stages[-1].out_channels) == (layer.in_channels, layer.out_channels)

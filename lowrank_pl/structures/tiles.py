@@ -39,7 +39,7 @@ class Tiles(Layout):
         for region in tile_regions(layer, self.tile):
             m, n = (layer.groups * slab.tiles for slab in region)
             (_, h, _), (_, inner, w) = factor_shapes(layer, region, self.rank)
-            right = LayerSpec("linear", n * w, n * inner, groups=n, inputs=positions)
+            right = LayerSpec("linear", n * w, n * inner, groups=n, inputs=positions, share=layer.share)
             stages += [right, right.then(m * h, groups=m)]
         return tuple(stages)
 
@@ -89,6 +89,6 @@ class Tiles(Layout):
         if values.get("kind") != "tiles" or values.get("run") not in tuple(_NOTES):
             return None
         tile, rank, spec = values.get("tile"), values.get("rank"), LayerSpec.from_dict(values.get("layer"))
-        if spec != layer.with_(inputs=()) or type(tile) is not int or type(rank) is not int:
+        if spec != layer.with_(inputs=(), share=1.0) or type(tile) is not int or type(rank) is not int:
             return None
         return cls(layer, tile, rank, values["run"]) if 1 <= rank <= tile <= tile_side(spec, tile) else None
