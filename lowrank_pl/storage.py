@@ -51,6 +51,11 @@ def save_compressed(model: nn.Module, dirpath: str | Path) -> None:
     })  # fmt: skip
 
 
+def check_savable(model: nn.Module) -> None:
+    """Raise `ValueError` for a network whose state is not of tensors that can be saved."""
+    _state(model)
+
+
 def load_compressed(model: nn.Module, dirpath: str | Path) -> nn.Module:
     """The compressed network from a folder and a fresh dense instance of the same network, which is unchanged.
 
@@ -109,6 +114,9 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name!r} in the network's state is a {type(tensor).__name__}; expected tensors only")
+        if tensor.dtype not in _TYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES)
+            raise ValueError(f"{name!r} in the network's state is {tensor.dtype}; what can be saved is {known}")
         if id(tensor) not in seen:
             seen.add(id(tensor))
             state[name] = tensor

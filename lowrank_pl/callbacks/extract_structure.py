@@ -14,7 +14,7 @@ from lowrank_pl.callbacks.quiet import check_copyable
 from lowrank_pl.extraction import difference, extract, part_of, under
 from lowrank_pl.files import check_folder
 from lowrank_pl.report import Report, summarize, summarize_layers
-from lowrank_pl.storage import save_compressed
+from lowrank_pl.storage import check_savable, save_compressed
 from lowrank_pl.surgery import Trace, detached_copy, uncopyable
 
 
@@ -26,8 +26,8 @@ class ExtractStructure(pl.Callback):
     else is copied; else all of it. With `dirpath` it is saved there, for `load_compressed`, before anything is
     measured. Timing, of what fits into memory and about a minute, is left out with `latency=False`.
 
-    Raises `ValueError` at setup for a part that does not exist or cannot be copied. At the end of a fit only the
-    verification of a layer raises; what else goes wrong is a warning.
+    Raises `ValueError` at setup for a part that does not exist or cannot be copied or saved. At the end of a fit only
+    the verification of a layer raises; what else goes wrong is a warning.
     """
 
     def __init__(self, dirpath: str | Path | None = None, submodule: str | None = None, latency: bool = True) -> None:
@@ -49,6 +49,8 @@ class ExtractStructure(pl.Callback):
         part = part_of(pl_module, self.submodule or "")
         if stage == "fit":
             check_copyable(part, trainer, "ExtractStructure", "give `submodule`, the part to extract")
+            if self.dirpath is not None:
+                check_savable(part)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._extract(trainer, pl_module)
