@@ -9,6 +9,7 @@ from torch import nn
 
 from lowrank_pl.compression import Compression, Plan
 from lowrank_pl.decompositions import Candidates, Decomposition, FirstOf
+from lowrank_pl.decompositions.several import Several
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
 from lowrank_pl.names import resolve
@@ -83,7 +84,7 @@ def _mismatch(name: str, layer: LayerSpec, method: Candidates | None, rule: Rank
         return "no pattern in `rank` matches it"
     reason = method.unsupported(layer)
     if reason:
-        return f"{type(method).__name__} {reason}"
+        return reason if isinstance(method, Several) else f"{type(method).__name__} {reason}"
     if not isinstance(method, Decomposition) and not rule.compares:
         raise ValueError(
             f"Layer {name!r}: {type(method).__name__} chooses among structures by their cost, which "

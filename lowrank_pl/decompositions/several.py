@@ -26,5 +26,7 @@ class Several(Candidates):
         object.__setattr__(self, "members", tuple(each))
 
     def unsupported(self, layer: LayerSpec) -> str | None:
-        reasons = [member.unsupported(layer) for member in self.members]
-        return None if None in reasons else " and ".join(reason for reason in reasons if reason)
+        reasons = [(type(member).__name__, member.unsupported(layer)) for member in self.members]
+        if any(reason is None for _, reason in reasons):
+            return None
+        return ", ".join(dict.fromkeys(f"{name} {reason}" for name, reason in reasons))

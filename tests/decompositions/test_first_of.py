@@ -57,7 +57,7 @@ def test_a_plan_settles_it(method):
 
 def test_what_no_member_is_for_says_why():
     plan = make_plan(Net(), ("tucker2", "spatial_svd"), CostPenalty(1.0, "params"), EVERYTHING)
-    reason = "FirstOf needs an ungrouped convolution and needs a two-dimensional convolution"
+    reason = "Tucker2 needs an ungrouped convolution, SpatialSVD needs a two-dimensional convolution"
     assert plan.dense == {"time": reason, "fc": reason}
 
 
