@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -147,6 +147,11 @@ class Plan:
     def has_thawed(self) -> bool:
         """Whether a layer that stays dense because it was frozen is trained by now."""
         return any(p.requires_grad for layer in self._frozen for p in layer.parameters(recurse=False))
+
+    def leave_dense(self, names: Collection[str], reason: str) -> None:
+        """These targets stay as they are."""
+        self.dense |= {c.name: reason for c in self.compressions if c.name in names}
+        self.compressions = [c for c in self.compressions if c.name not in names]
 
     def problems(self) -> dict[str, RankProblem]:
         """What rules see of every target, with its weight as it is now."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeAlias
 
@@ -56,6 +57,8 @@ class CompressionCallback(pl.Callback, ABC):
         self.distortion: Distortion | None = None  # the last one
         self.last_step = 0  # the optimizer step after which training was last acted on
         self._joined: set[str] = set()  # layers that take part, also where they are frozen later
+        self._left: set[str] = set()  # layers that took no part in the version that wrote the checkpoint
+        self._joins = True  # whether in that version layers could join later
         self._restored = False
         self._module: pl.LightningModule | None = None
         self.batch_size = batch_size
@@ -74,6 +77,11 @@ class CompressionCallback(pl.Callback, ABC):
         """The plan has been made, for the first time since setup or with other targets than before."""
 
     @property
+    def loaded_ranks(self) -> Collection[str] | None:
+        """The layers that have ranks in a checkpoint that was loaded, until the plan has been made; None without."""
+        return None
+
+    @property
     def trace(self) -> Trace | None:
         """What the batches showed that were listened to."""
         return self._listener.trace
@@ -88,7 +96,8 @@ class CompressionCallback(pl.Callback, ABC):
         if stage == "fit":
             self._swap.reopen()  # another fit goes on from the training weights
             self.plan = self.distortion = None
-            self._listener, self._restored, self._joined = Listener(self.batch_size), False, set()
+            self._listener, self._restored = Listener(self.batch_size), False
+            self._joined, self._left, self._joins = set(), set(), True
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for name in ("monitor_loss", "recalibrate_bn"):
@@ -147,6 +156,9 @@ class CompressionCallback(pl.Callback, ABC):
     def _make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before = None if self.plan is None else [c.name for c in self.plan.compressions]
         self.plan = make_plan(pl_module, self.method, self.rank, self.targets, self.trace, True, self._joined)
+        if self.loaded_ranks is not None:
+            self._meet_unknown(self.plan, self.loaded_ranks)
+        self.plan.leave_dense(self._left, "dense before the fit went on from a checkpoint")
         self._joined |= {c.name for c in self.plan.compressions}
         for c in self.plan.compressions:
             if c.parameter.dtype not in (torch.float32, torch.float64):
@@ -156,6 +168,24 @@ class CompressionCallback(pl.Callback, ABC):
                 )
         if before != [c.name for c in self.plan.compressions]:
             self.planned(trainer, self.plan)
+
+    def _meet_unknown(self, plan: Plan, known: Collection[str]) -> None:
+        """Layers that take part now, but in whose place a checkpoint has nothing: since then they have thawed, or this
+        version supports more of them. They join; a run of a version in which no layer could goes on without them."""
+        unknown = [c.name for c in plan.compressions if c.name not in known]
+        for name in unknown:
+            if name in self._joined:
+                raise ValueError(
+                    f"Layer {name!r} takes part now but has no rank in the checkpoint: expected one of the same "
+                    "network, method and targets"
+                )
+        if unknown:
+            self._left |= set() if self._joins else set(unknown)
+            warnings.warn(
+                f"{', '.join(unknown)} took no part when the checkpoint was written: "
+                + ("they join now" if self._joins else "they stay dense, as an earlier version left them"),
+                stacklevel=2,
+            )
 
     # -- projected weights in place of training weights ------------------------------------------------------------
 
@@ -239,12 +269,14 @@ class CompressionCallback(pl.Callback, ABC):
         self._swap.substitute(pl_module, checkpoint["state_dict"])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_step": self.last_step, "trace": self._listener.state_dict(), "joined": sorted(self._joined)}
+        return {"last_step": self.last_step, "trace": self._listener.state_dict(), "joined": sorted(self._joined),
+                "left": sorted(self._left)}  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.last_step, self._restored = state_dict["last_step"], True
         self._listener.load_state_dict(state_dict["trace"])
-        self._joined = set(state_dict.get("joined", ()))  # before 0.2 none were kept
+        self._joins = "joined" in state_dict  # not before 0.2
+        self._joined, self._left = set(state_dict.get("joined", ())), set(state_dict.get("left", ()))
 
     def log_metrics(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
         """To the loggers directly: `pl_module.log` drops steps that `log_every_n_steps` does not divide, and raises

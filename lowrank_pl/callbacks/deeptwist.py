@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -143,7 +143,11 @@ class DeepTwist(CompressionCallback):
                 "anew",
                 stacklevel=2,
             )
-            self._loaded = None
+            self._loaded, self._left = None, set()
+
+    @property
+    def loaded_ranks(self) -> Collection[str] | None:
+        return self._loaded
 
     @property
     def _asked(self) -> str:
@@ -154,12 +158,7 @@ class DeepTwist(CompressionCallback):
 def _restored(plan: Plan, ranks: Mapping[str, list[int] | None]) -> dict[str, Choice]:
     choices = {}
     for c in plan.compressions:
-        if c.name not in ranks:
-            raise ValueError(
-                f"Layer {c.name!r} takes part now but did not when the checkpoint was written: expected the same "
-                "network, method and targets"
-            )
-        stored = ranks[c.name]
+        stored = ranks.get(c.name)
         if stored is None:
             continue
         choices[c.name] = choice = c.from_list(stored)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -264,6 +264,10 @@ class LearningCompression(CompressionCallback):
         asked = state_dict.get("asked", self._asked)  # older checkpoints do not say
         if asked != self._asked:
             warnings.warn(f"The checkpoint was written with {asked}; it goes on with {self._asked}", stacklevel=2)
+
+    @property
+    def loaded_ranks(self) -> Collection[str] | None:
+        return None if self._loaded is None else self._loaded["ranks"]
 
     @property
     def _asked(self) -> str:

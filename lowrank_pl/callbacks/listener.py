@@ -46,7 +46,7 @@ class Listener:
 
     def _is_missing_any(self, module: nn.Module) -> bool:
         assert self.trace is not None
-        hidden = obstacles(module)
+        hidden = {layer for layer, reason in obstacles(module).items() if not reason.startswith("lazy")}
         return any(
             name not in self.trace.calls and name not in self.trace.odd and layer not in hidden
             for name, layer in find_layers(module).items()

@@ -78,17 +78,14 @@ class LCState:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], plan: Plan) -> LCState:
-        """The inverse of `to_dict`, for the network that the plan is of; nothing is decomposed."""
+        """The inverse of `to_dict`, for the network that the plan is of; nothing is decomposed. Layers that it has no
+        ranks of join at the next C step."""
         choices, structures, anchors = {}, {}, {}
         for c in plan.compressions:
-            if c.name not in values["ranks"]:
-                raise ValueError(
-                    f"Layer {c.name!r} takes part now but did not when the checkpoint was written: expected the same "
-                    "network, method and targets"
-                )
-            if values["ranks"][c.name] is None:
+            ranks = values["ranks"].get(c.name)
+            if ranks is None:
                 continue
-            choices[c.name] = choice = c.from_list(values["ranks"][c.name])
+            choices[c.name] = choice = c.from_list(ranks)
             here = c.parameter.device
             empty = [c.read().new_empty(0)]  # before 0.2 nothing was stored for rank 0
             tensors = tuple(x.to(here) for x in values["factors"][c.name] or empty)

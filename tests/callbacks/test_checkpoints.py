@@ -261,7 +261,7 @@ def test_resuming_with_other_arguments_chooses_anew(whole, tmp_path, arguments, 
     ("changed", "message"),
     [
         ({"net.conv2": [2, 2]}, r"'net\.conv2'.*rank from \(1,\) to \(12,\)"),
-        ({}, "'net.conv2' takes part now but did not"),
+        ({}, "'net.conv2' takes part now but has no rank"),
     ],
 )
 def test_stored_ranks_that_do_not_fit(whole, tmp_path, changed, message):
