@@ -112,7 +112,7 @@ class Report:
         threads = "thread" if self.threads == 1 else "threads"
         but = f", without those of {', '.join(self.uncounted)}" if self.uncounted else ""
         timed = [len(size.latency_ms) for size in (self.dense, *(layer.dense for layer in self.layers)) if size.macs]
-        gaps = " Gaps: more than memory or a minute allows." if len(set(timed)) > 1 else ""
+        gaps = " Gaps: not run as a whole, or more than memory or a minute allows." if len(set(timed)) > 1 else ""
         return (
             f"MACs: multiply-adds for one input{but}. Latency: median, {self.device}, {self.threads} {threads}, "
             f"float32.{gaps}"

@@ -83,6 +83,22 @@ def test_an_order_of_methods_comes_through_the_command_line(words: str) -> None:
     assert [c.method for c in plan.compressions] == [Tucker2(), SVD()]
 
 
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        ("rank=cost_budget rank.of=layers", "rank=cost_budget rank.of=all"),
+        ("rank=greedy_energy rank.of=layers", "rank=greedy_energy rank.of=1"),
+        ("compression=lc_budget compression.budget.of=layers", "compression=lc_budget compression.budget.of=null"),
+        ("compression.batch_size=4", "compression.batch_size=four"),
+        ("compression=lc compression.batch_size=4", "compression=lc compression.batch_size=1.5"),
+    ],
+)
+def test_what_a_budget_is_of_and_how_large_a_batch_is(words: str, refused: str) -> None:
+    check_config(resolved(composed(*words.split())))
+    with pytest.raises(ValueError, match=r"Expected `(rank|compression)\.(of|budget\.of|batch_size)` to be"):
+        check_config(resolved(composed(*refused.split())))
+
+
 def test_an_unknown_key_is_refused() -> None:
     with pytest.raises(ConfigCompositionException, match="compression\\.SD"):
         composed("compression.SD=3")

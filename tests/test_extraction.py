@@ -24,10 +24,10 @@ from lowrank_pl import (
 )
 from lowrank_pl.compression import write_weights_
 from lowrank_pl.decompositions import Choice
-from lowrank_pl.extraction import extract
+from lowrank_pl.extraction import difference, extract
 from lowrank_pl.layers import TiledLayer
 from lowrank_pl.structures import Structure
-from lowrank_pl.surgery import record
+from lowrank_pl.surgery import Call, record
 
 X = images(2)[0]
 EVERYTHING = Targets(skip_first=False, skip_last=False)
@@ -391,3 +391,14 @@ def test_a_layer_whose_weight_another_module_reads_stays_dense():
 def test_an_example_that_is_not_finite_is_not_verified_on():
     x = torch.full_like(X, torch.nan)
     assert isinstance(compress(Net(), "svd", RANK, example_input=x).fc1, nn.Sequential)
+
+
+def test_keywords_are_compared_as_a_whole(monkeypatch):
+    class Keyed(Net):
+        def forward(self, *, x):
+            return super().forward(x)
+
+    net, x = Keyed().eval(), images(1)[0]
+    small = compress(net, "svd", FixedRank(2), example_input=Call(kwargs={"x": x}))
+    assert difference(net, small, Call(kwargs={"x": x})).startswith("outputs differ")
+    assert difference(small, small, Call(kwargs={"x": x})) is None

@@ -20,7 +20,7 @@ from nets import (
 )
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from lowrank_pl import DeepTwist, FixedRank, Targets
+from lowrank_pl import DeepTwist, FixedRank, LearningCompression, Targets
 
 S_D = 4
 
@@ -260,7 +260,7 @@ def test_resuming_with_other_arguments_chooses_anew(whole, tmp_path, arguments, 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"net.conv2": [2, 2]}, r"'net\.conv2'.*rank from \(1,\) to \(12,\)"),
+        ({"net.conv2": [2, 2], "net.fc1": [2]}, r"'net\.conv2'.*rank from \(1,\) to \(12,\)"),
         ({}, "'net.conv2' takes part now but has no rank"),
     ],
 )
@@ -275,3 +275,53 @@ def test_stored_ranks_that_do_not_fit(whole, tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
         loop.fit(module, loader(), ckpt_path=tmp_path / "odd.ckpt", weights_only=True)
     assert distance(weights(module.net), read(folder / "step=7.ckpt")) == 0
+
+
+def altered(path, folder, *forgotten):
+    """A copy of a checkpoint that does not know `conv2`, and is without some of what callbacks keep there."""
+    checkpoint = torch.load(path, weights_only=True)
+    (state,) = (value for value in checkpoint["callbacks"].values() if "trace" in value)
+    state["joined"] = ["net.fc1"]
+    for key in ("ranks", "factors", "anchors"):
+        state.get("lc", state).get(key, {}).pop("net.conv2", None)
+    for key in forgotten:
+        state.pop(key)
+    torch.save(checkpoint, folder / "altered.ckpt")
+    return folder / "altered.ckpt"
+
+
+def twist():
+    return DeepTwist(S_D, "svd", FixedRank(2))
+
+
+def learn():
+    return LearningCompression(1e-2, l_step_steps=3, l_step_epochs=None, steps=5, mu0=0.1)
+
+
+@pytest.mark.parametrize("make", [twist, learn])
+def test_layers_that_an_earlier_version_left_dense(tmp_path, make):
+    """No layer could join then, nor did it say which had: those that this version supports more of stay dense."""
+    first, second = every_step(tmp_path / "first"), every_step(tmp_path / "second")
+    train = lambda *args, start, steps: quiet_trainer(  # noqa: E731
+        tmp_path, *args, max_epochs=-1, max_steps=steps, enable_checkpointing=True
+    ).fit(StepData(), loader(), ckpt_path=start, weights_only=True)
+    train(make(), first, start=None, steps=7)
+    old, callback = altered(tmp_path / "first" / "step=7.ckpt", tmp_path, "joined", "left"), make()
+    with pytest.warns(UserWarning, match=r"^net\.conv2 took no part .* stay dense"):
+        train(callback, second, start=old, steps=9)
+    assert [c.name for c in callback.plan.compressions] == ["net.fc1"]
+    assert callback.plan.dense["net.conv2"].startswith("dense before")
+    again = make()
+    train(again, start=tmp_path / "second" / "step=9.ckpt", steps=13)
+    assert set(again.distortion.choices) == {"net.fc1"}
+
+
+@pytest.mark.parametrize("make", [twist, learn])
+def test_layers_that_have_thawed_before_a_run_goes_on(tmp_path, make):
+    first, callback = every_step(tmp_path / "first"), make()
+    quiet_trainer(tmp_path, make(), first, max_steps=7, enable_checkpointing=True).fit(StepData(), loader())
+    new = altered(tmp_path / "first" / "step=7.ckpt", tmp_path)
+    loop = quiet_trainer(tmp_path, callback, max_epochs=-1, max_steps=13)
+    with pytest.warns(UserWarning, match=r"^net\.conv2 took no part .* join now"):
+        loop.fit(StepData(), loader(), ckpt_path=new, weights_only=True)
+    assert set(callback.distortion.choices) == {"net.conv2", "net.fc1"}

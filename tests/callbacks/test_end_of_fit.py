@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import ModelPruning
 from torch import nn
 from torch.nn.utils import prune
 
-from lowrank_pl import DeepTwist, ExtractStructure, FixedRank, load_compressed
+from lowrank_pl import DeepTwist, ExtractStructure, FixedRank, Targets, load_compressed, save_compressed
 from lowrank_pl.extraction import difference
 from lowrank_pl.layers import FactorChain
 
@@ -262,3 +262,51 @@ def test_strategies_of_the_other_package():
 
     with pytest.raises(ValueError, match=r"FSDPStrategy.*strategy='ddp'"):
         DeepTwist(2).setup(Pretended(), Module(), "fit")
+
+
+def test_what_cannot_be_saved_is_said_at_setup(tmp_path):
+    module = Module()
+    module.net.register_buffer("modes", torch.zeros(2, dtype=torch.complex128))
+    with pytest.raises(ValueError, match=r"'modes' .* is torch\.complex128; what can be saved is float64"):
+        fit(tmp_path, module, ExtractStructure(tmp_path / "c", submodule="net"))
+    extract = ExtractStructure(submodule="net")
+    fit(tmp_path, module, extract)
+    with pytest.raises(ValueError, match=r"'modes'"):
+        save_compressed(extract.extracted, tmp_path / "c")
+
+
+def test_a_network_called_with_keywords_is_compared(tmp_path, monkeypatch):
+    """The whole extracted network runs beside the projected one on the keywords that `training_step` gave."""
+
+    class Keyed(Net):
+        def forward(self, *, x, scale):
+            return super().forward(x) * scale
+
+    class ByKeywords(Module):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(x=batch[0], scale=2.0), batch[1])
+
+    calls = []
+    compare = lambda *args: (calls.append(args[2].kwargs), "a difference")[1]  # noqa: E731
+    monkeypatch.setattr("lowrank_pl.callbacks.extract_structure.difference", compare)
+    extract = ExtractStructure(submodule="net")
+    with pytest.warns(UserWarning, match="not the projected one: a difference"):
+        fit(tmp_path, ByKeywords(Keyed()), extract)
+    assert [(set(kwargs), kwargs["scale"]) for kwargs in calls] == [({"x", "scale"}, 2.0)]
+    assert extract.report.dense.macs > sum(layer.dense.macs for layer in extract.report.layers) * 0.99
+
+
+def test_lazy_layers_that_run_later_are_waited_for(tmp_path):
+    class Later(Net):
+        def __init__(self):
+            super().__init__()
+            self.extra, self.calls = nn.LazyLinear(4), 0
+
+        def forward(self, x):
+            self.calls += self.training
+            y = torch.tanh(super().forward(x))
+            return self.extra(y) if self.calls != 1 else y
+
+    twist = DeepTwist(2, "svd", FixedRank(2), Targets(skip_first=False, skip_last=False))
+    quiet_trainer(tmp_path, twist, max_steps=4).fit(Module(Later()), loader())
+    assert "net.extra" in twist.distortion.choices

@@ -564,3 +564,17 @@ def test_tiles_are_not_larger_than_a_group(name):
     spec = spec_of(make_layer(name)[0])
     with pytest.raises(ValueError, match="Expected"):
         layout_from_dict({**TILES, "layer": spec.to_dict()}, spec)
+
+
+@each_pair
+def test_layers_that_run_on_half_of_the_inputs(decomposition, name):
+    """Cost half as much, in every form, and still do so when they have been read back."""
+    whole, rank = spec_on(*make_layer(name)), middle(decomposition.full_rank(spec_on(*make_layer(name))))
+    half = whole.with_(share=0.5)
+    for form, other in zip(
+        decomposition.layout(whole, rank).forms(), decomposition.layout(half, rank).forms(), strict=True
+    ):
+        again = layout_from_dict(other.to_dict(), half)
+        assert abs(other.macs - form.macs / 2) <= 4  # one rounding a stage
+        assert again.macs == other.macs
+        assert again.num_weights == form.num_weights
