@@ -27,6 +27,7 @@ from lowrank_pl.surgery import (
     record,
     replace_layers,
     run,
+    under,
     without_hooks,
 )
 from lowrank_pl.targets import Targets
@@ -139,12 +140,6 @@ def part_of(model: nn.Module, name: str) -> nn.Module:
             f"{', '.join(name for name, _ in model.named_children())}"
         )
     return parts[name]
-
-
-def under(part: str, named: Mapping[str, T]) -> dict[str, T]:
-    """What belongs to a part, under the part's own names."""
-    inside = {name: value for name, value in named.items() if not part or f"{name}.".startswith(f"{part}.")}
-    return {name[len(part) :].lstrip("."): value for name, value in inside.items()}
 
 
 def _earlier(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from inspect import ismethod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from torch.utils.flop_counter import flop_registry
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import LAYER_TYPES, FactorChain, LazyWeight, spec_of
 
+T = TypeVar("T")
+
 READ = "its weight is read by another module, too"
 SAMPLES = 2  # inputs kept per layer, to verify the extracted layer on
 NEVER_BUT_READ = "never called: another module reads its weight"
@@ -33,6 +35,12 @@ NEVER_BUT_READ = "never called: another module reads its weight"
 def clean_name(name: str) -> str:
     """A module's dotted name without what `torch.compile` adds."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def under(part: str, named: Mapping[str, T]) -> dict[str, T]:
+    """What belongs to a part, under the part's own names."""
+    inside = {name: value for name, value in named.items() if not part or f"{name}.".startswith(f"{part}.")}
+    return {name[len(part) :].lstrip("."): value for name, value in inside.items()}
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -158,11 +166,15 @@ class Trace:
         """What was heard of one submodule, under its own names."""
         if not name:
             return self
-        start = f"{name}."
-        calls = {key.removeprefix(start): value for key, value in self.calls.items() if key.startswith(start)}
-        samples = {key.removeprefix(start): value for key, value in self.samples.items() if key.startswith(start)}
-        rest = {"": self.rest[name]} if self.rest and name in self.rest else {}
-        return Trace(calls=calls, samples=samples, batch=self.batch, batches=self.batches, rest=rest)
+        return Trace(
+            calls=under(name, self.calls),
+            samples=under(name, self.samples),
+            batch=self.batch,
+            batches=self.batches,
+            rest=None if self.rest is None else under(name, self.rest),
+            called=list(under(name, dict.fromkeys(self.called))),
+            arguments=under(name, self.arguments),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers, without the samples."""

@@ -24,9 +24,11 @@ class GroupedLinear(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        vectors = x.unflatten(-1, (self.groups, self.in_features // self.groups))
+        x = x.unsqueeze(0)  # for a single vector, too, an axis to unflatten
+        vectors = x.reshape(-1, self.groups, self.in_features // self.groups).transpose(0, 1)
         weight = self.weight.unflatten(0, (self.groups, self.out_features // self.groups))
-        y = torch.einsum("...gs,gts->...gt", vectors, weight).flatten(-2)
+        y: Tensor = torch.bmm(vectors, weight.transpose(1, 2)).transpose(0, 1).flatten(1)
+        y = y.unflatten(0, x.shape[:-1]).squeeze(0)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # under autocast, as nn.Linear
 
     def extra_repr(self) -> str:

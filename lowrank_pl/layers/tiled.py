@@ -283,7 +283,8 @@ def _geometry(spec: LayerSpec, margins: list[int]) -> list[list[int]]:
     inside = [int(p) for p in spec.padding] if transposed else nothing
     extra = list(spec.output_padding) if transposed else nothing
     before = [0] if transposed else margins
-    return [list(spec.stored_shape), [columns], before, list(spec.stride), inside, list(spec.dilation), extra]
+    sizes = [list(spec.stored_shape), [columns], before, list(spec.stride), inside, list(spec.dilation), extra]
+    return [each or [0] for each in sizes]
 
 
 def _amounts(spec: LayerSpec) -> list[int]:
