@@ -247,3 +247,25 @@ def test_frozen_layers_take_part_when_they_thaw(tmp_path, make):
     assert set(callback.distortion.choices) == {"backbone.0", "backbone.2", "head"}
     assert "frozen" not in str([layer.note for layer in extract.report.layers])
     assert caught
+
+
+def test_a_part_of_which_the_parts_are_called(tmp_path):
+    """Its totals are theirs: products in no layer, and time."""
+
+    class Parts(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.ModuleDict({"body": Attention(), "head": nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4))})
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net["head"](self.net["body"](hidden=batch["x"])), batch["y"])
+
+        def configure_optimizers(self):
+            return sgd(self.parameters())
+
+    module, extract = Parts(), ExtractStructure(submodule="net")
+    quiet_trainer(tmp_path, DeepTwist(2, "svd", FixedRank(3), ALL), extract, max_steps=2).fit(module, tokens(4))
+    one = torch.randn(1, 9, 12)
+    expected = flops(module.net["body"], hidden=one) / 2 + 12 * 8 + 8 * 4
+    assert extract.report.dense.macs == expected
+    assert extract.report.dense.latency_ms == {"1": 2.0, "32": 2.0}  # of two
