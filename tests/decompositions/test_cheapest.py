@@ -72,7 +72,9 @@ def test_candidates_leave_out_what_is_unsupported(name):
     for decomposition in DECOMPOSITIONS:
         own = (decomposition,) if supports(decomposition, layer) else ()
         assert decomposition.candidates(spec) == Cheapest(decomposition).candidates(spec) == own
-        assert Cheapest(decomposition).unsupported(spec) == decomposition.unsupported(spec)
+        reason = decomposition.unsupported(spec)
+        named = None if reason is None else f"{type(decomposition).__name__} {reason}"
+        assert Cheapest(decomposition).unsupported(spec) == named
 
 
 def test_a_linear_layer_has_fewer_candidates():
@@ -83,7 +85,8 @@ def test_a_linear_layer_has_fewer_candidates():
     assert choice.unsupported(linear) is None
     none = Cheapest("tucker2", "spatial_svd")
     assert none.candidates(linear) == ()
-    assert none.unsupported(linear) == "needs an ungrouped convolution and needs a two-dimensional convolution"
+    reason = "Tucker2 needs an ungrouped convolution, SpatialSVD needs a two-dimensional convolution"
+    assert none.unsupported(linear) == reason
     problem = RankProblem("fc", linear, choice, torch.randn(5, 6))
     assert problem.candidates == (SVD(),)
     assert (problem.decomposition, problem.full) == (SVD(), (5,))
