@@ -1,7 +1,10 @@
 """The command line. Starts without PyTorch and Hydra: each command is imported when it is called."""
 
+import os
+import signal
 import sys
 from importlib import import_module
+from types import FrameType
 
 _COMMANDS = {
     "train": "train a network, compress it, extract and test it",
@@ -36,8 +39,17 @@ def main() -> None:
     if command not in _COMMANDS:
         sys.exit(f"lowrank-pl: unknown command {command!r}; expected one of {', '.join(_COMMANDS)}")
     sys.argv = [f"lowrank-pl {command}", *rest]
+    before = signal.signal(signal.SIGINT, _end)  # imports may swallow a KeyboardInterrupt
+    run = import_module(f"lowrank_pl.cli.{command}").main
+    signal.signal(signal.SIGINT, before)
     try:
-        import_module(f"lowrank_pl.cli.{command}").main()
-    except KeyboardInterrupt:  # during startup; a run that has begun says how to go on with it
+        run()
+    except KeyboardInterrupt:  # before there is a run, which says how to go on with it
         sys.stderr.write("Interrupted.\n")
         sys.exit(130)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    sys.stderr.write("Interrupted.\n")
+    sys.stderr.flush()
+    os._exit(128 + number)

@@ -80,6 +80,13 @@ def test_a_foreign_pt2_is_not_opened(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
+def replaced(run: Path, config: str) -> None:
+    """Another config, in a run that says nothing of the one it had."""
+    (run / "config.yaml").write_text(config)
+    facts = {"status": "finished", "links": {}, "done": ["fit"]}
+    (run / "run.json").write_text(json.dumps(facts))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -89,6 +96,10 @@ def test_a_foreign_pt2_is_not_opened(run: Path, tmp_path: Path) -> None:
         (lambda run: (run / "run.json").write_text('{"status": "interrupted", "links": {}, "done": []}'), "resume"),
         (
             lambda run: (run / "config.yaml").write_text("model: {net: {_target_: os.system}}"),
+            "config.yaml is damaged or was edited",
+        ),
+        (
+            lambda run: replaced(run, "model: {net: {_target_: os.system}}"),
             "os.system' is not on the list",
         ),
     ],

@@ -106,7 +106,8 @@ def test_a_finished_run_has_nothing_to_do_unless_something_is_changed(run: Path,
         (["seed=1"], "--force"),
         (["data.batch_size=7"], "--force"),
         (["decomposition.x=7"], "has no `decomposition.x`"),
-        (["compression._target_=lowrank_pl.LearningCompression"], "--force"),
+        (["compression._target_=lowrank_pl.LearningCompression"], "Expected no key `compression.S_D`"),
+        (["compression.method._target_=lowrank_pl.BlockSVD"], "--force"),
         (["rank.x=2,3"], "one value for each key"),
         (["~rank.x"], "one value for each key"),
         (["+trainer.plugins={_target_: os.system}", "--force"], "'os.system' is not on"),
@@ -150,7 +151,7 @@ def test_a_full_disk_loses_nothing(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("trainer.max_epochs=many", "Expected `trainer.max_epochs` to be a whole number but got 'many'"),
+        ("trainer.max_epochs=many", "Expected `trainer.max_epochs` to be a whole number or null but got 'many'"),
         ("trainer.max_epochs=1", "max_epochs=1"),  # fewer than have been trained; Lightning says so
     ],
 )

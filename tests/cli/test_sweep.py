@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from killing import Outcome, attack
 
 from lowrank_pl.sweep import Sweep, quoted
 
@@ -26,11 +27,8 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "lowrank_pl.cli", "sweep", *words]
 
 
-def sweep(*words: str, folder: Path, threads: int = 1) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    return subprocess.run(
-        command(*words), cwd=folder, capture_output=True, text=True, timeout=300, check=False, env=environment
-    )
+def sweep(*words: str, folder: Path) -> Outcome:
+    return attack("sweep", *words, folder=folder, seconds=300, memory=2**40)
 
 
 def stages(text: str) -> list[tuple[str, str]]:
@@ -43,8 +41,8 @@ def stages(text: str) -> list[tuple[str, str]]:
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("sweep")
     result = sweep(*GRID, folder=folder)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder, result.stdout
+    assert result.code == 0, result.output
+    return folder, result.output
 
 
 def test_a_grid_is_run_once_with_one_reference(done: tuple[Path, str]) -> None:
@@ -59,8 +57,8 @@ def test_a_grid_is_run_once_with_one_reference(done: tuple[Path, str]) -> None:
         assert (directory / name / "reference.safetensors").read_bytes() == shared.read_bytes()
     assert not (directory / "1" / "reference").exists()  # trained once
     again = sweep(*GRID, folder=folder)
-    assert again.returncode == 0
-    assert stages(again.stdout) == [("0", "finished"), ("1", "finished")]
+    assert again.code == 0
+    assert stages(again.output) == [("0", "finished"), ("1", "finished")]
 
 
 def test_another_grid_is_refused_or_added(done: tuple[Path, str]) -> None:
@@ -69,12 +67,12 @@ def test_another_grid_is_refused_or_added(done: tuple[Path, str]) -> None:
     manifest = (directory / "sweep.json").read_bytes()
     wider = [*LC, "compression.lambda_=1,3"]
     refused = sweep(*wider, "--dir", str(directory), folder=folder)
-    assert refused.returncode != 0
-    assert "holds another grid, of 2 jobs: 1 of these 2" in refused.stderr
+    assert refused.code != 0
+    assert "holds another grid, of 2 jobs: 1 of these 2" in refused.output
     assert (directory / "sweep.json").read_bytes() == manifest
     extended = sweep(*wider, "--dir", str(directory), "--extend", folder=folder)
-    assert extended.returncode == 0, extended.stderr
-    assert stages(extended.stdout) == [("0", "finished"), ("1", "finished"), ("2", "starts"), ("2", "finished")]
+    assert extended.code == 0, extended.output
+    assert stages(extended.output) == [("0", "finished"), ("1", "finished"), ("2", "starts"), ("2", "finished")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
@@ -95,18 +93,23 @@ def test_an_interrupted_sweep_goes_on(number: int, tmp_path: Path) -> None:
     assert state.status("0") == "interrupted"
     assert state.status("1") == "missing"
     again = sweep(*words, folder=tmp_path)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert stages(again.stdout) == [("0", "resumes"), ("0", "finished"), ("1", "starts"), ("1", "finished")]
+    assert again.code == 0, again.output
+    assert stages(again.output) == [("0", "resumes"), ("0", "finished"), ("1", "starts"), ("1", "finished")]
 
 
 def test_one_failure_does_not_end_the_others_and_jobs_run_side_by_side(tmp_path: Path) -> None:
     words = [*LC[:4], "trainer.max_epochs=2", "data.val_fraction=0.00001,0.1"]
-    result = sweep(*words, "--jobs", "2", "--dir", "a folder, with 'signs", folder=tmp_path, threads=4)
+    words += ["--jobs", "2", "--dir", "a folder, with 'signs"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "4"}
+    result = subprocess.run(
+        command(*words), cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
     assert result.returncode == 1
     said = stages(result.stdout)
     assert said[:2] == [("0", "starts"), ("1", "starts")]
     assert ("1", "finished") in said
-    assert "failed: `val_fraction` 1e-05 of 1437 training images leaves one of the sets empty, see" in result.stdout
+    text = "failed: lowrank-pl train: `val_fraction` 1e-05 of 1437 training images leaves one of the sets empty, see"
+    assert text in result.stdout
     directory = tmp_path / "a folder, with 'signs"
     assert "val_fraction" in (directory / "0" / "output.log").read_text()
     threads = json.loads((directory / "1" / "run.json").read_text())["threads"]
@@ -180,10 +183,11 @@ def test_a_job_that_is_stopped_before_it_is_a_run_was_interrupted(
     ],
 )
 def test_bad_grids_run_nothing(words: list[str], message: str, tmp_path: Path) -> None:
-    result = sweep(*words, folder=tmp_path)
-    assert result.returncode != 0
-    assert message in result.stderr
-    assert not list(tmp_path.iterdir())
+    outcome = attack("sweep", *words, folder=tmp_path, seconds=60)
+    assert outcome.code not in (0, None)
+    assert outcome.is_clean
+    assert message in outcome.output
+    assert [path.name for path in tmp_path.iterdir()] == ["output.txt"]
 
 
 @pytest.mark.parametrize(

@@ -62,5 +62,15 @@ def test_nothing_foreign_decides(case: dict[str, Any], tmp_path: Path) -> None:
 
 def test_the_hook_would_run(tmp_path: Path) -> None:
     write(tmp_path / "mine" / "x" / "e.yaml", f"# @package hydra.callbacks\ne: {HOOK}\n".encode())
-    attack("train", "--config-dir", "mine", "+x=e", "--trust", "trainer.max_epochs=0", folder=tmp_path, seconds=60)
+    attack(
+        "train",
+        "--config-dir",
+        "mine",
+        "+x=e",
+        "--trust",
+        "data.size=8",
+        "trainer.max_steps=1",
+        folder=tmp_path,
+        seconds=60,
+    )
     assert (tmp_path / "executed").exists()
