@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lowrank_pl.compression import Plan
 from lowrank_pl.planning import MethodChoice, RankChoice, make_plan
+from lowrank_pl.ranks import CostBudget, GreedyEnergy
 from lowrank_pl.structures import Dense, Structure
 from lowrank_pl.surgery import (
     Trace,
@@ -64,6 +65,9 @@ def compress(
     except Exception as error:
         raise ValueError(f"The model does not run on argument `example_input`: {error}") from error
     plan = make_plan(model, method, rank, targets, trace)
+    if not plan.compressions and isinstance(rank, (CostBudget, GreedyEnergy)):
+        reasons = "; ".join(dict.fromkeys(plan.dense.values())) or "it has no linear layer or convolution"
+        raise ValueError(f"A budget of {rank.ratio:g} cannot be reached: no layer takes part ({reasons})")
     problems = plan.problems()
     choices = plan.choose_ranks(problems)
     notes = {c.name: c.note(choices[c.name]) for c in plan.compressions}

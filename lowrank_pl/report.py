@@ -213,7 +213,8 @@ def _report(dense: nn.Module, compressed: nn.Module, trace: Trace, total: tuple[
         sizes = _layer_sizes(name, (layer, compressed.get_submodule(name)), trace, layout, watch)
         layers.append(LayerSize(name, layout.describe(), *sizes, entry["notes"].get(name, "")))
     parameter = next(dense.parameters(), torch.zeros(()))
-    uncounted = sorted({type(module).__name__ for module in dense.modules() if isinstance(module, nn.RNNBase)})
+    fused = [module for module in dense.modules() if isinstance(module, nn.RNNBase) and parameter.device.type != "cpu"]
+    uncounted = sorted({type(module).__name__ for module in fused})
     return Report(*total, layers, _device_name(parameter.device), torch.get_num_threads(), tuple(uncounted))
 
 
@@ -222,7 +223,9 @@ def print_plan(rows: Sequence[Row], console: Console | None = None, title: str =
     table = Table(box=box.SIMPLE_HEAD, title=title, pad_edge=False)
     for column, justify in (("layer", "left"), ("structure", "left"), ("rank", "right"), ("weights", "right"),
                             ("to", "right"), ("ratio", "right"), ("note", "left")):  # fmt: skip
-        table.add_column(column, justify=justify, no_wrap=column != "note")  # type: ignore[arg-type]
+        # names fold where they are long, so that reasons can be read
+        least = {"layer": 16, "note": 24}.get(column)
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=least is None, min_width=least)  # type: ignore[arg-type]
     for row in rows:
         rank = "" if row.rank is None else ", ".join(map(str, row.rank))
         ratio = "" if row.rank is None or not row.weights else f"{row.dense_weights / row.weights:.2f}x"
@@ -351,8 +354,9 @@ def _count_macs(module: nn.Module, call: Call) -> int:
     run(module, call)  # a layer that rebuilds its dense weight has done so before anything is counted
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # fused operations, of which the counter may know nothing
+    lstm_by_steps = torch.backends.mkldnn.flags(enabled=False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), lstm_by_steps, FlopCounterMode(display=False) as counter:
             run(module, call)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

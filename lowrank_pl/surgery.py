@@ -244,8 +244,12 @@ _PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def _few(call: Call, batch: int) -> Call | None:
-    """A copy of a call with a few of the batch's inputs; None where it holds what cannot be copied."""
-    if not all(isinstance(x, _PLAIN) for x in _leaves(call)):
+    """A copy of a call with a few of the batch's inputs; None where it holds what cannot be copied, or no tensor of the
+    batch's size: frames that are folded into the batch, say, of which nobody can tell which belong to an input."""
+    leaves = list(_leaves(call))
+    if not all(isinstance(x, _PLAIN) for x in leaves):
+        return None
+    if not any(isinstance(x, Tensor) and batch in x.shape[:2] for x in leaves):
         return None
     return with_inputs(call, batch, min(SAMPLES, batch))
 
@@ -263,6 +267,15 @@ def with_inputs(call: Call, batch: int, count: int) -> Call:
     return Call(args, kwargs, count)
 
 
+def _count_lstm(x: Tensor, input_weight: Tensor, hidden_weight: Tensor, *_: Any, **__: Any) -> int:
+    """FLOPs of one direction of one layer: every vector meets both matrices."""
+    return 2 * x.shape[:-1].numel() * (input_weight.numel() + hidden_weight.numel())
+
+
+# a fused operation of CPUs, of which PyTorch's counter knows nothing
+_FUSED = {torch.ops.aten.mkldnn_rnn_layer: _count_lstm}
+
+
 class _Counter(TorchDispatchMode):
     """Counts multiply-adds as `FlopCounterMode` does, but leaves gradients and module hooks alone."""
 
@@ -273,9 +286,11 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.hear(count(*args, **kwargs, out_val=out) // 2)
+        packet = func._overloadpacket
+        if packet in _FUSED:
+            self.hear(_FUSED[packet](*args, **kwargs) // 2)
+        elif packet in flop_registry:
+            self.hear(flop_registry[packet](*args, **kwargs, out_val=out) // 2)
         return out
 
 

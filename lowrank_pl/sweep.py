@@ -84,9 +84,19 @@ class Sweep:
         `options` go to every `lowrank-pl train`. On SIGINT or SIGTERM the jobs save and end; a second one kills them.
         """
         before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        waiting = iter([f"another sweep works on {self.directory}: waiting until it ends"])
+
+        def wait() -> None:
+            for line in waiting:  # once
+                say(line)
+            if self._signal is not None:
+                raise KeyboardInterrupt
+
         try:
-            with locked(self.directory / _LOCK):
+            with locked(self.directory / _LOCK, wait):
                 self._run(at_once, list(options), say)
+        except KeyboardInterrupt:  # while it waited; nothing of it runs
+            pass
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -13,7 +13,9 @@ from torch.nn.utils import parametrizations
 from lowrank_pl import (
     SVD,
     BlockSVD,
+    CostBudget,
     FixedRank,
+    GreedyEnergy,
     SpatialSVD,
     Targets,
     TiledSVD,
@@ -402,3 +404,10 @@ def test_keywords_are_compared_as_a_whole(monkeypatch):
     small = compress(net, "svd", FixedRank(2), example_input=Call(kwargs={"x": x}))
     assert difference(net, small, Call(kwargs={"x": x})).startswith("outputs differ")
     assert difference(small, small, Call(kwargs={"x": x})) is None
+
+
+@pytest.mark.parametrize("rank", [CostBudget("params", 0.5), GreedyEnergy("params", 0.5)])
+def test_a_budget_without_layers_is_refused(rank):
+    """Not met in silence by a network that stays dense."""
+    with pytest.raises(ValueError, match=r"0\.5 cannot be reached: no layer takes part \(the last linear layer\)"):
+        compress(nn.Sequential(nn.Linear(8, 8)), "svd", rank)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowrank_pl import BlockSVD, FixedRank, SpatialSVD, Targets, TiledSVD, Tucker2, compress, make_plan, summarize
 from lowrank_pl.evaluation import evaluate
 from lowrank_pl.report import median_ms, print_plan
-from lowrank_pl.surgery import is_same_computation
+from lowrank_pl.surgery import is_same_computation, record
 from lowrank_pl.timing import PeakMemory, free_bytes
 
 X = images(2)[0]
@@ -337,9 +337,13 @@ def test_attention_is_counted_in_evaluation():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_what_is_not_counted_is_named():
-    net = nn.LSTM(8, 8)
-    assert "without those of LSTM." in summarize(net, net, torch.randn(3, 2, 8), latency=False).to_markdown()
+def test_recurrent_networks_are_counted():
+    net = nn.LSTM(8, 6, num_layers=2, bidirectional=True, batch_first=True)
+    macs = sum(p.numel() for p in net.parameters() if p.dim() == 2) * 5
+    x = torch.randn(3, 5, 8)
+    assert summarize(net, net, x, latency=False).dense.macs == macs
+    trace = record(nn.Sequential(net), x)
+    assert sum(trace.rest.values()) == 3 * macs
 
 
 def test_batches_in_dictionaries():

@@ -17,6 +17,8 @@ from lowrank_pl.methods import LCState, least_lambda, least_mu
 from lowrank_pl.ranks import CostBudget, CostPenalty
 from lowrank_pl.ranks.cost_penalty import MILLION
 
+FAR = 0.1  # a gap that is no rounding
+
 
 def check_targets(trainer: pl.Trainer, plan: Plan) -> None:
     """Raise `ValueError` for targets that are not trained, and that no callback is there to thaw."""
@@ -103,3 +105,13 @@ def lambda_in_words(plan: Plan, cost: Cost, lambda_: float, scales: Mapping[str,
         amount += f" x ||W||^2 ({low:.3g} to {high:.3g}) = {lambda_ * low:.3g} to {lambda_ * high:.3g}"
     unit = units.get(type(cost), "million units of cost")
     return f"{amount} in loss per {unit}.\nThese layers, dense, cost {dense:.3g} in loss."
+
+
+def warn_of_gap(gap: float) -> None:
+    """Warn where training has ended far from what is deployed."""
+    if gap > FAR:
+        warnings.warn(
+            f"Learning-compression has ended with ||W - Theta|| / ||W|| = {gap:.2g}: what is deployed is far from what "
+            f"was trained. Expected below {FAR:g}; take more C steps, a larger growth, or longer L steps",
+            stacklevel=2,
+        )

@@ -19,6 +19,7 @@ from lowrank_pl.callbacks.lc_warnings import (
     check_targets,
     lambda_in_words,
     warn_of_dense,
+    warn_of_gap,
     warn_of_learning_rate,
     warn_of_zeros,
 )
@@ -196,6 +197,7 @@ class LearningCompression(CompressionCallback):
         if self.finished:
             trainer.should_stop = True
             warn_of_dense(plan, self.rule, self.state, self.schedule.mu(j), self.schedule.mu0)
+            warn_of_gap(done.gap)
             if trainer.is_global_zero and j > 0:
                 print_plan(plan.rows(self.state.choices), title="Low-rank structures after the last C step")
             return done

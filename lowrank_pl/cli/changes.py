@@ -26,7 +26,7 @@ def show(changed: Mapping[str, tuple[Any, Any]], directory: Path, force: bool) -
     return lines
 
 
-def given(words: Iterable[str], linked: dict[str, str]) -> set[str]:
+def given_keys(words: Iterable[str], linked: dict[str, str]) -> set[str]:
     """The keys that stand on the command line, and what repeats them."""
     keys = [word.partition("=")[0].lstrip("+") for word in words]
     return {each for key in keys for each in (key, *mirrors(key, linked))}

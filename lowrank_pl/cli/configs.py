@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,8 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
+
+from lowrank_pl.reading import MEGABYTE, check_yaml, read_text
 
 _PATHS = ("data.file", "data.root", "model.weights", "paths.data", "paths.references", "cost.cache")
 _HEADER = {"defaults": [{"hydra": "default"}, "_self_"]}  # so that `train --config-dir RUN --config-name config` works
@@ -45,9 +48,14 @@ def stored(config: DictConfig) -> str:
 def read_stored(file: Path) -> DictConfig:
     """A run's config.yaml. Raises `ValueError` for anything but plain values."""
     try:
-        config: Any = OmegaConf.load(file)
+        text = read_text(file, MEGABYTE)
+        check_yaml(text, str(file))
+        config: Any = OmegaConf.load(io.StringIO(text))
+    except OSError:
+        raise
     except Exception as error:
-        raise ValueError(f"{file} is not a config ({str(error).splitlines()[0]})") from error
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(said if str(file) in said else f"{file} is not a config ({said})") from error
     if not isinstance(config, DictConfig):
         raise ValueError(f"{file}: expected a mapping")
     plain: Any = OmegaConf.to_container(config, resolve=False)

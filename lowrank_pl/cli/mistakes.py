@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -22,7 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.build import check_parts
-from lowrank_pl.cli.configs import close_to, flat, options, resolved, shown
+from lowrank_pl.cli.changes import given_keys
+from lowrank_pl.cli.configs import close_to, flat, links, options, resolved, shown
+from lowrank_pl.cli.places import check_places
 from lowrank_pl.cli.schema import arguments, check_config, nodes
 from lowrank_pl.cli.session import WHILE_BUILDING, in_words, quiet
 
@@ -78,10 +81,13 @@ def _check_job(words: list[str], name: str, allow: Sequence[str] | None) -> None
         with open_dict(config):
             config.hydra.runtime.cwd = os.getcwd()  # which paths refer to
             HydraConfig.instance().set_config(config)
+            directory = Path(config.hydra.run.dir)
             del config["hydra"]
+        given = given_keys(words, links(config))
         plain = resolved(config)
         if allow is not None:
             check_targets(plain, allow)
+            check_places(plain, directory, given)
         check_config(plain)
         check_parts(plain)
     except (HydraException, *WHILE_BUILDING) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from lowrank_pl.cli.configs import flat
 
 
 def check_places(config: DictConfig, directory: Path, given: Collection[str]) -> None:
-    """Raise `ValueError` for a key of a stored config by which files would be made outside of the run's directory and
-    of the sweep that it is in: a stored `paths.references`, a `cache` of latencies, a place of a logger.
+    """Raise `ValueError` for a key of a config from elsewhere by which files would be made outside of the run's
+    directory and of the sweep that it is in: a stored `paths.references`, a `cache` of latencies, a place of a logger.
 
     Not for the keys `given` on the command line. A run that this user has started needs no such check: its config is
     signed (`Run.is_own`).
@@ -20,7 +21,7 @@ def check_places(config: DictConfig, directory: Path, given: Collection[str]) ->
     homes = [directory.resolve()]
     if (directory.parent / "sweep.json").is_file():
         homes.append(directory.parent.resolve())
-    for key, value in flat(OmegaConf.to_container(config)):
+    for key, value in sorted(flat(OmegaConf.to_container(config)), key=lambda pair: pair[0].count(".")):  # copies last
         if not isinstance(value, str) or key in given:
             continue
         if key == "paths.references" or key.endswith(".cache"):
@@ -31,8 +32,8 @@ def check_places(config: DictConfig, directory: Path, given: Collection[str]) ->
             continue
         if not any(_is_inside(place, home) for home in homes):
             raise ValueError(
-                f"`{key}` of the stored config is {value!r}, outside of the run, which was not started by you here: if "
-                f"files may be written there, add {key}={value}, or else {key}=null"
+                f"`{key}` is {value!r} in a config from elsewhere, outside of the run: if files may be written there, "
+                f"add {key}={value}, or else {key}=null"
             )
 
 
@@ -41,3 +42,9 @@ def _is_inside(place: Path, home: Path) -> bool:
         return place.resolve().is_relative_to(home)
     except (OSError, RuntimeError, ValueError):  # a loop of links, or no name at all
         return False
+
+
+def has_default_root(config: DictConfig) -> bool:
+    """Whether data are looked for, and so downloaded, where they are without any config."""
+    default = Path(os.environ.get("LOWRANK_PL_DATA", "data")).expanduser().absolute()
+    return bool(OmegaConf.select(config, "data.root") in (None, str(default)))

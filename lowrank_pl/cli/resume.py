@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 
 from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.build import build, check_parts
-from lowrank_pl.cli.changes import given, is_at_its_end, show, still_done
+from lowrank_pl.cli.changes import given_keys, is_at_its_end, show, still_done
 from lowrank_pl.cli.configs import change, read_stored, stored
 from lowrank_pl.cli.places import check_places
 from lowrank_pl.cli.schema import check_config
@@ -52,13 +52,13 @@ def main() -> None:
             check_targets(config, arguments.allow)
             check_config(config)
             if not run.is_own:
-                check_places(config, run.directory, given(arguments.values, run.facts["links"]))
+                check_places(config, run.directory, given_keys(arguments.values, run.facts["links"]))
             check_parts(config)
             if not changed and is_at_its_end(run, arguments.force):
                 say(f"Nothing to do: {run.directory} is finished.")
                 return
             lines = show(changed, run.directory, arguments.force)
-            downloads = run.is_own or "data.root" in given(arguments.values, run.facts["links"])
+            downloads = run.is_own or "data.root" in given_keys(arguments.values, run.facts["links"])
             with nullcontext() if downloads else no_downloads():
                 recipe = build(config, config.paths.references)
         except (*WHILE_BUILDING, HydraException) as error:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytorch_lightning as pl
 from hydra._internal.utils import _locate
@@ -43,6 +43,10 @@ def _limit(value: int) -> int:
 
 
 _Flag = bool
+_Seed = Annotated[int, Field(ge=0, lt=2**32)]
+_Size = Annotated[int, Field(ge=1, lt=2**31)]
+_Conversion = Literal["none", "partial", "object", "all"]
+_Part = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
 _Count = Annotated[int, Field(ge=0)]
 _Natural = Annotated[int, Field(ge=1)]
 _Number = Annotated[float, Field(ge=0)]
@@ -58,7 +62,7 @@ _TOP = {
         ("data", "compression", "decomposition", "rank", "cost", "targets", "optimizer", "scheduler"), _Node
     ),
     **dict.fromkeys(("trainer", "reference", "finetune", "logger", "paths"), _Node),
-    "seed": Annotated[int, Field(ge=0, lt=2**32)],
+    "seed": _Seed,
     "channels_last": _Flag,
     "label_smoothing": _Share,
     "product_decay": _Number,
@@ -86,8 +90,11 @@ _STRICTER: dict[Any, dict[str, Any]] = {
         "gradient_clip_val": _Number | None,
         "log_every_n_steps": _Natural,
         "check_val_every_n_epoch": _Natural | None,
-        **dict.fromkeys(("callbacks", "logger", "plugins", "default_root_dir"), _Never),
+        **dict.fromkeys(("limit_train_batches", "limit_test_batches"), _Part | None),
+        "val_check_interval": _Part | None,
+        **dict.fromkeys(("callbacks", "logger", "plugins", "default_root_dir", "fast_dev_run"), _Never),
     },
+    pl.LightningDataModule: {"batch_size": _Size, "eval_batch_size": _Size, "seed": _Seed},
     nn.Module: {"dropout": Annotated[float, Field(ge=0, le=1)]},
     Training: {"epochs": _Natural | None, "product_decay": _Number},
     schedules.exponential: {"gamma": _Positive},
@@ -142,8 +149,13 @@ def _check_node(prefix: str, node: dict[str, Any]) -> None:
     for kind, stricter in _STRICTER.items():
         if function is kind or (inspect.isclass(kind) and inspect.isclass(function) and issubclass(function, kind)):
             kinds |= {name: stricter[name] for name in kinds.keys() & stricter.keys()}
-    own = {"_target_": str, "_partial_": _Flag, "_args_": list[Any], "_convert_": str, "_recursive_": _Flag}
+    own = {"_target_": str, "_partial_": _Flag, "_args_": list[Any], "_convert_": _Conversion, "_recursive_": _Flag}
     _check_values(prefix, node, {**kinds, **own}, is_open)
+    # to which a run gives what is left: weights, an optimizer, a module
+    part = prefix[:-1].rpartition(".")[2]
+    may_wait = part in ("optimizer", "scheduler", "trainer", "logger")
+    if node.get("_partial_") and not may_wait and (part != "compression" or inspect.isclass(function)):
+        raise ValueError(f"Expected no `{prefix}_partial_`: a run makes it at once")
     packages = _LOGGERS.get(getattr(function, "__name__", ""), ())
     if packages and not any(find_spec(package) for package in packages):
         raise ValueError(f"`{prefix[:-1]}`: {packages[0]} is not installed: pip install {packages[0]}")

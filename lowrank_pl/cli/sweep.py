@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.foreign import check_foreign, check_overrides, composed, parsed, searching
 from lowrank_pl.cli.mistakes import check_words, explain
+from lowrank_pl.cli.places import check_places
 from lowrank_pl.overview import gather, overview_tables
 from lowrank_pl.run_files import key_of
 from lowrank_pl.sweep import Sweep
@@ -50,8 +51,9 @@ def main() -> None:
     try:
         with searching([Path(folder) for folder in given.config_dir], given.trust):
             jobs = expand(given.grid, given.config_name, given.allow if given.config_dir and not given.trust else None)
-            check = None if given.trust else partial(check_found, name=given.config_name, allow=given.allow)
-            sweep = Sweep.open(given.dir or Path("sweeps") / key_of(jobs), jobs, given.extend, check)
+            place = given.dir or Path("sweeps") / key_of(jobs)
+            check = partial(check_found, name=given.config_name, allow=given.allow, directory=place)
+            sweep = Sweep.open(place, jobs, given.extend, None if given.trust else check)
         code = sweep.run(given.jobs, _passed_on(given), say)
     except (ValueError, OSError, HydraException) as error:
         sys.exit(f"lowrank-pl sweep: {error}")
@@ -84,11 +86,13 @@ def expand(grid: list[str], name: str, allow: list[str] | None) -> list[list[str
     return jobs
 
 
-def check_found(job: list[str], name: str, allow: list[str]) -> None:
+def check_found(job: list[str], name: str, allow: list[str], directory: Path) -> None:
     """Raise `ValueError` for a job from a manifest, which may be somebody else's, that does more than a stored config
     may."""
     check_overrides(job)
-    check_targets(composed(name, job), allow)
+    config = composed(name, job)
+    check_targets(config, allow)
+    check_places(config, directory, ())
 
 
 def _passed_on(given: argparse.Namespace) -> list[str]:

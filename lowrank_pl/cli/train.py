@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import hydra
@@ -15,11 +15,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lowrank_pl.cli.build import build
+from lowrank_pl.cli.changes import given_keys
 from lowrank_pl.cli.configs import links, mirrored, resolved, stored
 from lowrank_pl.cli.foreign import check_foreign, check_search_path, searching, stored_links
 from lowrank_pl.cli.mistakes import check_words, told
+from lowrank_pl.cli.places import has_default_root
 from lowrank_pl.cli.schema import check_config
 from lowrank_pl.cli.session import WHILE_BUILDING, WHILE_TRAINING, in_words, session
+from lowrank_pl.data.downloads import no_downloads
 from lowrank_pl.runs import Run, execute
 
 # Hydra's own options that we pass on.
@@ -52,7 +55,7 @@ def main() -> None:
 
     @hydra.main(config_path="pkg://lowrank_pl.conf", config_name="train", version_base="1.3")
     def train(config: DictConfig) -> None:
-        _run(config, linked)
+        _run(config, linked, bool(folders) and not given.trust)
 
     with searching(folders, given.trust), told("lowrank-pl train", words):
         train()
@@ -86,18 +89,21 @@ def _passed_on(given: argparse.Namespace) -> list[str]:
     return [*flags, *values]
 
 
-def _run(config: DictConfig, linked: dict[str, str]) -> None:
+def _run(config: DictConfig, linked: dict[str, str], is_foreign: bool) -> None:
     job = HydraConfig.get()
     with session() as stop:
         with _in_a_line(*WHILE_BUILDING):
             complete = resolved(config)
             check_config(complete)
             overrides, linked = list(job.overrides.task), {**linked, **links(config)}
+            keys = given_keys(overrides, linked)
             run = Run.start(job.runtime.output_dir, stored(complete), overrides, complete.seed, linked)
         with run.recorded():
             with _in_a_line(*WHILE_BUILDING):
                 in_sweep = Path(job.sweep.dir) / "references" if job.mode == RunMode.MULTIRUN else None
-                recipe = build(complete, complete.paths.references or in_sweep)
+                asked = not is_foreign or "data.root" in keys or has_default_root(complete)
+                with nullcontext() if asked else no_downloads():
+                    recipe = build(complete, complete.paths.references or in_sweep)
             with _in_a_line(*WHILE_TRAINING):
                 execute(run, recipe, stop)
 

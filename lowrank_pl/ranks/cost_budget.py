@@ -102,6 +102,6 @@ def left_for(dense: float, least: float, others: Sequence[LayerSpec], cost: Cost
         raise ValueError(
             f"A budget of {ratio:g} of the dense cost cannot be reached: the smallest ranks cost "
             f"{(least + fixed + rest) / total:.4f} of it; of that, {fixed / total:.4f} are layers that stay dense"
-            f"{beyond}. Ask for more, or compress more layers"
+            f"{beyond}. Give a larger ratio, or compress more layers"
         )
     return max(ratio * total - fixed - rest, least)  # a difference that rounding can leave below

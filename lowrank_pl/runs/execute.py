@@ -58,6 +58,8 @@ class _Execution:
         self.example = next(iter(recipe.data.test_dataloader()))[0][:32]
 
     def execute(self) -> None:
+        if self.stop is not None:
+            self.stop.waits = True
         check_data(self.run, self.recipe.data, self.force)
         again, reason = stages_again(self.directory, self.run.facts["done"])
         if reason:
@@ -191,7 +193,10 @@ class _Execution:
     def test(self, net: nn.Module) -> dict[str, float]:
         """Accuracy on the test images, and if asked for accuracy and loss on the training images."""
         callbacks = [] if self.stop is None else [self.stop]
-        tester = self.recipe.make_trainer(callbacks=callbacks, logger=False, enable_progress_bar=False)
+        place = str(self.directory)  # where Lightning's profilers write
+        tester = self.recipe.make_trainer(
+            callbacks=callbacks, logger=False, enable_progress_bar=False, default_root_dir=place
+        )
         module, data = self.recipe.classifier(net, self.recipe.training), self.recipe.data
         values = {"accuracy": float(tester.test(module, data, verbose=False)[0]["test/accuracy"])}
         if self.recipe.report_train:

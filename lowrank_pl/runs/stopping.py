@@ -15,11 +15,13 @@ class Interrupted(Exception):
 
 
 class Stop(pl.Callback):
-    """Whether SIGINT or SIGTERM has asked for the end. The first one waits for `check`, a second one ends the process
-    at once. Among a Trainer's callbacks, because Lightning sets handlers of its own."""
+    """Whether SIGINT or SIGTERM has asked for the end. While `waits` the first one waits for `check`, else, where there
+    is nothing to save, it raises `Interrupted` wherever that may be; a second one ends the process at once. Among a
+    Trainer's callbacks, because Lightning sets handlers of its own."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.waits = False
         self.listen()
 
     def listen(self) -> None:
@@ -46,3 +48,5 @@ class Stop(pl.Callback):
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
+        if not self.waits:
+            raise Interrupted

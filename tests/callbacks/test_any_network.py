@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from nets import quiet_trainer, sgd
 from pytorch_lightning.callbacks import BackboneFinetuning
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl import CostBudget, DeepTwist, EnergyThreshold, ExtractStructure, FixedRank, LearningCompression, Targets
@@ -269,3 +269,28 @@ def test_a_part_of_which_the_parts_are_called(tmp_path):
     expected = flops(module.net["body"], hidden=one) / 2 + 12 * 8 + 8 * 4
     assert extract.report.dense.macs == expected
     assert extract.report.dense.latency_ms == {"1": 2.0, "32": 2.0}  # of two
+
+
+class Frames(pl.LightningModule):
+    """Inputs of five frames, which the network gets as five times as many images."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(16 * 16, 4))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0].flatten(0, 1)).pow(2).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+@pytest.mark.parametrize("submodule", ["net", None])
+def test_frames_in_the_batch_belong_to_their_inputs(tmp_path, submodule):
+    data = DataLoader(TensorDataset(torch.randn(8, 5, 3, 8, 8)), 4)
+    extract = ExtractStructure(submodule=submodule, latency=False)
+    module = Frames()
+    quiet_trainer(tmp_path, DeepTwist(2, "svd"), extract, max_epochs=1).fit(module, data)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module.net(torch.randn(5, 3, 8, 8))
+    assert extract.report.dense.macs == counter.get_total_flops() // 2

@@ -63,7 +63,7 @@ def test_own_places_are_believed_and_those_of_others_are_not(run: Path, finished
     from_elsewhere(run)
     assert finish("resume", "run", "trainer.max_epochs=4", folder=tmp_path) == 1
     shared = finished.parent / "shared"
-    assert f"`paths.references` of the stored config is '{shared}'" in output(tmp_path)
+    assert f"`paths.references` is '{shared}' in a config from elsewhere" in output(tmp_path)
     word = f"paths.references={shared}"
     assert finish("resume", "run", "trainer.max_epochs=4", word, folder=tmp_path) == 0, output(tmp_path)
     assert finish("resume", "run", "trainer.max_epochs=5", folder=tmp_path) == 0, output(tmp_path)  # signed now
