@@ -287,7 +287,7 @@ def text(name: str, content: str):
         (config_with(hydra={"callbacks": {"x": {"_target_": "os.system"}}}), "no settings of Hydra"),
         (config_with(defaults=["evil"]), "no settings of Hydra"),
         (text("config.yaml", "- a\n"), "expected a mapping"),
-        (text("config.yaml", "!!python/object/apply:os.system ['touch executed']\n"), "is not a config"),
+        (text("config.yaml", "!!python/object/apply:os.system ['touch executed']\n"), "but got the tag"),
         (text("run.json", "{"), "is not JSON"),
         (text("run.json", '{"status": 3}'), "expected an object"),
     ],
