@@ -24,6 +24,7 @@ from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
 from lowrank_pl.structures import Dense, Layout, layout_from_dict
 from lowrank_pl.surgery import (
+    FUSED,
     Call,
     Trace,
     clean_name,
@@ -354,9 +355,8 @@ def _count_macs(module: nn.Module, call: Call) -> int:
     run(module, call)  # a layer that rebuilds its dense weight has done so before anything is counted
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # fused operations, of which the counter may know nothing
-    lstm_by_steps = torch.backends.mkldnn.flags(enabled=False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), lstm_by_steps, FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
             run(module, call)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -273,7 +273,8 @@ def _count_lstm(x: Tensor, input_weight: Tensor, hidden_weight: Tensor, *_: Any,
 
 
 # a fused operation of CPUs, of which PyTorch's counter knows nothing
-_FUSED = {torch.ops.aten.mkldnn_rnn_layer: _count_lstm}
+_count_lstm._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode: tensors, not shapes
+FUSED = {torch.ops.aten.mkldnn_rnn_layer: _count_lstm}
 
 
 class _Counter(TorchDispatchMode):
@@ -287,8 +288,8 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         packet = func._overloadpacket
-        if packet in _FUSED:
-            self.hear(_FUSED[packet](*args, **kwargs) // 2)
+        if packet in FUSED:
+            self.hear(FUSED[packet](*args, **kwargs) // 2)
         elif packet in flop_registry:
             self.hear(flop_registry[packet](*args, **kwargs, out_val=out) // 2)
         return out
