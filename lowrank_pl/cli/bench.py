@@ -18,9 +18,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="side-by-side repeats, of which the median counts")
     parser.add_argument("--json", type=Path, help="a file to write the numbers to")
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - set(benchmarks.ALL)
-    if unknown or arguments.repeats < 1:
-        parser.error(f"expected names from {', '.join(benchmarks.ALL)} and at least one repeat")
+    unknown = sorted(set(arguments.names) - set(benchmarks.ALL))
+    if unknown:
+        parser.error(f"expected names from {', '.join(benchmarks.ALL)} but got {unknown[0]!r}")
+    if arguments.repeats < 1:
+        parser.error(f"expected --repeats to be 1 or more but got {arguments.repeats}")
     if arguments.json:
         try:  # before anything is measured
             check_folder(arguments.json.parent)

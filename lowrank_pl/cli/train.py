@@ -18,7 +18,7 @@ from lowrank_pl.cli.build import build
 from lowrank_pl.cli.changes import given_keys
 from lowrank_pl.cli.configs import links, mirrored, resolved, stored
 from lowrank_pl.cli.foreign import check_foreign, check_search_path, searching, stored_links
-from lowrank_pl.cli.mistakes import check_words, told
+from lowrank_pl.cli.mistakes import check_words, explain, told
 from lowrank_pl.cli.places import has_default_root
 from lowrank_pl.cli.schema import check_config
 from lowrank_pl.cli.session import WHILE_BUILDING, WHILE_TRAINING, in_words, session
@@ -49,7 +49,9 @@ def main() -> None:
             if not any(vars(given)[name] for name in _SHOWS):
                 allow = given.allow if folders and not given.trust else None
                 check_words(words, given.config_name, given.multirun, allow)
-    except (ValueError, OSError, HydraException) as error:
+    except HydraException as error:
+        sys.exit(f"lowrank-pl train: {explain(error, given.overrides)}")
+    except (ValueError, OSError) as error:
         sys.exit(f"lowrank-pl train: {error}")
     sys.argv[1:] = [*_passed_on(given), f"--config-name={given.config_name}", *words]
 
