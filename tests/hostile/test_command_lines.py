@@ -45,7 +45,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("words", "says", "late"), parameters())
+@pytest.mark.parametrize(("words", "says", "late"), list(parameters()))
 def test_a_mistake_is_named(words: list[str], says: str, late: bool, run: Path, tmp_path: Path) -> None:
     before = contents(run)
     outcome = attack(*(word.replace("RUN", str(run)) for word in words), folder=tmp_path, seconds=30)
