@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.files import write_files
-from lowrank_pl.reading import read_bytes
+from lowrank_pl.reading import first_line, read_bytes
 
 Runner = Callable[[Tensor], Tensor]
 SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx"}
@@ -71,13 +71,14 @@ def load_exported(path: str | Path, most: int = 2**31, example: Tensor | None = 
     except ImportError:
         raise
     except Exception as error:  # each reader has its own
-        raise ValueError(f"{path} cannot be read ({_in_short(error)}): export it again") from error
+        raise ValueError(f"{path} cannot be read ({first_line(error)[:200]}): export it again") from error
 
     def checked(images: Tensor) -> Tensor:
         try:
             outputs: Any = run(images)
         except Exception as error:
-            raise ValueError(f"{path} does not run on {list(images.shape)} images ({_in_short(error)})") from error
+            said = first_line(error)[:200]
+            raise ValueError(f"{path} does not run on {list(images.shape)} images ({said})") from error
         if not isinstance(outputs, Tensor):
             raise ValueError(f"{path}: expected one tensor of outputs but got {type(outputs).__name__}")
         return outputs
@@ -186,10 +187,6 @@ def _needs(*names: str) -> None:
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise ImportError(f'ONNX needs {", ".join(missing)}: pip install "lowrank_pl[onnx]"')
-
-
-def _in_short(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextmanager

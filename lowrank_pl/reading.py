@@ -58,7 +58,7 @@ def read_yaml(path: Path, most: int = MEGABYTE) -> Any:
     try:
         return _plain(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML ({_first_line(error)})") from error
+        raise ValueError(f"{path} is not YAML ({first_line(error)})") from error
 
 
 def check_yaml(text: str, name: str) -> None:
@@ -67,7 +67,7 @@ def check_yaml(text: str, name: str) -> None:
     try:
         _check_events(yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)), name)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{name} is not YAML ({_first_line(error)})") from error
+        raise ValueError(f"{name} is not YAML ({first_line(error)})") from error
 
 
 def _check_events(events: Iterable[yaml.Event], name: str) -> None:
@@ -92,8 +92,9 @@ def _check_events(events: Iterable[yaml.Event], name: str) -> None:
             raise ValueError(f"{name}: expected at most {NODES:,} values, nested at most {DEPTH} deep")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def first_line(error: BaseException | None) -> str:
+    """The first line of an error's message, or, where it has none, its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _plain(value: Any) -> Any:

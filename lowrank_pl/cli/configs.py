@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from lowrank_pl.reading import MEGABYTE, check_yaml, read_text
+from lowrank_pl.reading import MEGABYTE, check_yaml, first_line, read_text
 
 _PATHS = ("data.file", "data.root", "model.weights", "paths.data", "paths.references", "cost.cache")
 _HEADER = {"defaults": [{"hydra": "default"}, "_self_"]}  # so that `train --config-dir RUN --config-name config` works
@@ -54,7 +54,7 @@ def read_stored(file: Path) -> DictConfig:
     except OSError:
         raise
     except Exception as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         raise ValueError(said if str(file) in said else f"{file} is not a config ({said})") from error
     if not isinstance(config, DictConfig):
         raise ValueError(f"{file}: expected a mapping")

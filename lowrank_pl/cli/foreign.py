@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.configs import flat
-from lowrank_pl.reading import read_text, read_yaml
+from lowrank_pl.reading import first_line, read_text, read_yaml
 from lowrank_pl.run_files import read_facts
 
 _BYTES = 2**17  # of a config file: ours have less than 2 KB
@@ -64,7 +64,7 @@ class Foreign(ConfigSource):
             header = ConfigSource._get_header_dict(text[:512])  # so much of it Hydra reads
             plain: Any = OmegaConf.to_container(config, resolve=False)
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
-            raise ValueError(f"{file} is not a config ({_line(error)})") from error
+            raise ValueError(f"{file} is not a config ({first_line(error)})") from error
         if not isinstance(plain, dict):
             raise ValueError(f"{file}: expected a mapping")
         if "hydra" in plain or "hydra" in re.split(r"\W", f"{header['package'] or ''}/{config_path}"):
@@ -129,7 +129,8 @@ def composed(name: str, words: Sequence[str], with_hydra: bool = False) -> DictC
             return compose(name, list(words), return_hydra_config=with_hydra)
     except Exception as error:
         cause = error.__cause__ if isinstance(error, HydraException) and not str(error) else error
-        raise ValueError(str(cause) if isinstance(cause, (ValueError, HydraException)) else _line(cause)) from error
+        is_told = isinstance(cause, (ValueError, HydraException))
+        raise ValueError(str(cause) if is_told else first_line(cause)) from error
 
 
 def check_foreign(name: str, words: Sequence[str], allow: Sequence[str]) -> None:
@@ -248,7 +249,3 @@ def _check_expansion(plain: Any) -> None:
         total = math.inf
     if total > _EXPANDED:
         raise ValueError("the configs in --config-dir refer to each other without end. If you wrote them, add --trust")
-
-
-def _line(error: BaseException | None) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -136,6 +136,7 @@ def _names(words: Sequence[str]) -> tuple[list[str], list[str]]:
     try:
         with initialize_config_module("lowrank_pl.conf", version_base="1.3"):
             values: Any = OmegaConf.to_container(compose("train", list(words)), resolve=False)
+        check_targets(values)  # what is looked up below is imported
     except (HydraException, OmegaConfBaseException, ValueError):
         return [], []
     found = [(key, arguments(_locate(node["_target_"]))[0]) for key, node in nodes(values)]

@@ -18,6 +18,7 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from lowrank_pl.checksums import remove_summed, write_summed
 from lowrank_pl.data.loader import ResumableLoader
+from lowrank_pl.reading import first_line
 from lowrank_pl.runs.checkpoint_file import read_checkpoint
 from lowrank_pl.runs.metrics_file import MetricsFile
 from lowrank_pl.runs.stopping import Stop
@@ -172,7 +173,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         try:
             read_checkpoint(path)
         except Exception as error:  # of many kinds: the file may hold anything
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            reason = first_line(error)[:200]
             last = path == found[-1]
             warnings.warn(f"{path} cannot be read ({reason}){'' if last else ': going on from the one before'}",
                           stacklevel=2)  # fmt: skip
