@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
     from lowrank_pl.report import Report, summarize
     from lowrank_pl.storage import load_compressed, save_compressed
     from lowrank_pl.targets import Targets
+    from lowrank_pl.tracing import Call
 
 _HOMES = {
     "lowrank_pl.callbacks": ("DeepTwist", "ExtractStructure", "LearningCompression", "LStep", "MuSchedule"),
@@ -47,6 +48,7 @@ _HOMES = {
     ),
     "lowrank_pl.costs": ("Latency", "Macs", "Params"),
     "lowrank_pl.targets": ("Targets",),
+    "lowrank_pl.tracing": ("Call",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -55,6 +57,7 @@ __all__ = [
     "EVBMF",
     "SVD",
     "BlockSVD",
+    "Call",
     "Cheapest",
     "CompressionRatio",
     "CostBudget",

@@ -9,6 +9,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor, nn
 
+from lowrank_pl.adapters import LinearMap
 from lowrank_pl.costs import Cost, price
 from lowrank_pl.decompositions import DENSE, ZERO, Candidates, Cheapest, Choice
 from lowrank_pl.layer_spec import LayerSpec
@@ -16,38 +17,40 @@ from lowrank_pl.linalg import squared_norm
 from lowrank_pl.names import snake_case
 from lowrank_pl.ranks import Others, RankProblem, RankRule
 from lowrank_pl.structures import Rank, Structure
-from lowrank_pl.surgery import Trace
+from lowrank_pl.tracing import Trace
 
 
 @dataclass(frozen=True, eq=False)
 class Compression:
-    """One target: a layer, how its weight may be decomposed, and the rule for its rank."""
+    """One target: a linear map with its inputs, how its weight may be decomposed, and the rule for its rank."""
 
-    name: str
-    module: nn.Module
+    map: LinearMap
     layer: LayerSpec
     method: Candidates
     rule: RankRule
 
     @property
-    def parameter(self) -> nn.Parameter:
-        """The weight as the module holds it. Raises `TypeError` if it is none any more."""
-        weight = self.module.weight
-        if not isinstance(weight, nn.Parameter):
-            raise TypeError(
-                f"Layer {self.name!r}: expected its weight to stay a Parameter but it is a {type(weight).__name__} "
-                "now, as torch.nn.utils.prune and parametrizations make it: do that before the fit, or after it"
-            )
-        return weight
+    def name(self) -> str:
+        return self.map.name
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """What `write_` writes to. Raises `TypeError` if that is no parameter any more."""
+        for tensor in self.map.parameters:
+            if not isinstance(tensor, nn.Parameter):
+                raise TypeError(
+                    f"Layer {self.name!r}: expected its weight to stay a Parameter but it is a {type(tensor).__name__} "
+                    "now, as torch.nn.utils.prune and parametrizations make it: do that before the fit, or after it"
+                )
+        return self.map.parameters
 
     def read(self) -> Tensor:
         """The whole weight, for computing without a graph; nobody may write to it."""
-        return self.parameter.detach()
+        return self.map.read()
 
-    @torch.no_grad()
     def write_(self, weight: Tensor) -> None:
         """Put another weight in its place, in memory that stays the same."""
-        self.parameter.detach().copy_(weight)
+        self.map.write_(weight)
 
     @cached_property
     def full(self) -> Rank:
@@ -137,7 +140,7 @@ class Plan:
         dense: Mapping[str, str],
         specs: Mapping[str, LayerSpec],
         trace: Trace | None = None,
-        frozen: Sequence[nn.Module] = (),
+        frozen: Sequence[LinearMap] = (),
     ) -> None:
         self._trace, self._frozen = Trace() if trace is None else trace, list(frozen)
         self.compressions = list(compressions)
@@ -146,12 +149,17 @@ class Plan:
 
     def has_thawed(self) -> bool:
         """Whether a layer that stays dense because it was frozen is trained by now."""
-        return any(p.requires_grad for layer in self._frozen for p in layer.parameters(recurse=False))
+        return any(p.requires_grad for layer in self._frozen for p in layer.parameters)
 
     def leave_dense(self, names: Collection[str], reason: str) -> None:
         """These targets stay as they are."""
         self.dense |= {c.name: reason for c in self.compressions if c.name in names}
         self.compressions = [c for c in self.compressions if c.name not in names]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What projections write to, each once: several maps may lie in one parameter."""
+        return list({id(p): p for c in self.compressions for p in c.parameters}.values())
 
     def problems(self) -> dict[str, RankProblem]:
         """What rules see of every target, with its weight as it is now."""

@@ -14,25 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lowrank_pl.adapters import LinearMap, find_maps
 from lowrank_pl.compression import Plan
+from lowrank_pl.names import clean_name, under
 from lowrank_pl.planning import MethodChoice, RankChoice, make_plan
 from lowrank_pl.ranks import CostBudget, GreedyEnergy
 from lowrank_pl.structures import Dense, Structure
-from lowrank_pl.surgery import (
-    Trace,
-    clean_name,
-    count_inputs,
-    detached_copy,
-    eager,
-    find_layers,
-    record,
-    replace_layers,
-    run,
-    under,
-    without_hooks,
-)
+from lowrank_pl.surgery import deploy, detached_copy
 from lowrank_pl.targets import Targets
 from lowrank_pl.timing import median_ms
+from lowrank_pl.tracing import Trace, count_inputs, eager, record, run
 
 T = TypeVar("T")
 
@@ -51,7 +42,7 @@ def compress(
     """A deep copy of `model` in which every target is a module of factors; `model` itself is unchanged.
 
     `method`, `rank` (default `CompressionRatio(2.0)`) and `targets` as for `DeepTwist`. With `example_input` (a tensor,
-    a tuple of arguments, or `lowrank_pl.surgery.Call(kwargs=...)`, of `batch_size` inputs where its tensors do not
+    a tuple of arguments, or `lowrank_pl.Call(kwargs=...)`, of `batch_size` inputs where its tensors do not
     tell) the model runs once: layers that it never calls stay dense, "first" and "last" follow the order of running,
     and the copy is verified on the layers' real inputs. Without it the order of registration counts, and a layer whose
     weight another module reads directly is recognized only inside `nn.MultiheadAttention`.
@@ -101,36 +92,37 @@ def extract(
     as a trainer, are not copied.
     """
     extracted = detached_copy(part_of(model, part), shared)
-    layers = find_layers(extracted)
-    replacements: dict[nn.Module, nn.Module] = {}
+    maps = find_maps(extracted)
+    parts: dict[str, nn.Module] = {}
     earlier = _earlier(extracted)
     entries: dict[str, Any] = {}
     reasons = {**plan.dense, **notes}
-    whole = {layer: name for name, layer in find_layers(model).items()}
-    names = {name: whole[layer] for name, layer in find_layers(part_of(model, part)).items()}  # those of the plan
-    notes = earlier["notes"] | {name: reasons[names[name]] for name in layers if names[name] in reasons}
+    whole = {(each.module, each.key): name for name, each in find_maps(model).items()}
+    own = find_maps(part_of(model, part))
+    names = {name: whole[each.module, each.key] for name, each in own.items()}  # those of the plan
+    notes = earlier["notes"] | {name: reasons[names[name]] for name in maps if names[name] in reasons}
     compressions = {c.name: c for c in plan.compressions}
-    for name in layers:
+    for name, each in maps.items():
         c = compressions.get(names[name])
         if c is None or isinstance(structures[c.name].layout, Dense):
             continue
         structure = structures[c.name]
-        layer = without_hooks(layers[name])
         seen = trace is not None and c.name in trace.samples
-        x = _sample(layer, c.layer.kernel, trace.samples[c.name] if trace is not None and seen else None)
+        x = _sample(each, trace.samples[c.name] if trace is not None and seen else None)
+        bias, learns = each.bias, any(p.requires_grad for p in each.parameters)
         forms = [structure.with_layout(layout) for layout in structure.layout.forms()]
-        modules = [form.to_module(layer.bias).train(layer.training) for form in forms]  # type: ignore[arg-type]
+        modules = [form.to_module(bias).train(each.module.training) for form in forms]
         for module in modules:
-            module.requires_grad_(any(p.requires_grad for p in layer.parameters()))
-            _verify(c.name, layer, structure, in_memory, module, x)
+            module.requires_grad_(learns or (bias is not None and bias.requires_grad))
+            _verify(each, structure, in_memory, module, x)
         fastest = _fastest(modules, x) if seen and len(modules) > 1 else 0
         layout = forms[fastest].layout
         notes[name] = "; ".join(filter(None, [notes.get(name, ""), layout.note]))
-        replacements[layers[name]] = modules[fastest]
+        parts[name] = modules[fastest]
         entries[name] = {"structure": layout.to_dict(), "replaces": c.layer.to_dict()}
     if not entries:
         warnings.warn("No layer was compressed: all of them stay dense. See the table of reasons.", stacklevel=2)
-    extracted = replace_layers(extracted, replacements)
+    extracted = deploy(extracted, parts)
     setattr(extracted, RECORD, {"layers": earlier["layers"] | entries, "notes": notes})
     return extracted
 
@@ -171,12 +163,12 @@ def extracted_part(whole: nn.Module, name: str) -> nn.Module:
 def _projected(model: nn.Module, structures: Mapping[str, Structure]) -> nn.Module:
     """A copy of the model with the weights that the structures make."""
     projected = detached_copy(model)
-    layers = find_layers(projected)
+    maps = find_maps(projected)
     with torch.no_grad():
         for name, structure in structures.items():
-            layers[name].weight.copy_(structure.reconstruct())  # type: ignore[operator]
+            maps[name].write_(structure.reconstruct())
             if structure.bias is not None:
-                layers[name].bias = nn.Parameter(structure.bias)
+                maps[name].module.bias = nn.Parameter(structure.bias)
     return projected
 
 
@@ -250,34 +242,33 @@ def _compare(found: tuple[set[str], list[Any]], expected: tuple[set[str], list[A
     return None
 
 
-def _sample(layer: nn.Module, kernel: tuple[int, ...], recorded: Tensor | None) -> Tensor:
+def _sample(dense: LinearMap, recorded: Tensor | None) -> Tensor:
     """Recorded inputs, or, where there are none or not finite ones, random ones just large enough for the kernel."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight, spec = dense.parameters[0], dense.layer
     if recorded is not None and torch.isfinite(recorded).all():
         return recorded.to(weight.device)
     generator = torch.Generator().manual_seed(0)
-    if isinstance(layer, nn.Linear):
-        return torch.randn(4, layer.in_features, generator=generator).to(weight.device)
-    reach = [d * (k - 1) + 2 for k, d in zip(kernel, layer.dilation, strict=True)]  # type: ignore[arg-type]
-    return torch.randn(2, int(layer.in_channels), *reach, generator=generator).to(weight.device)  # type: ignore[arg-type]
+    if spec.kind == "linear":
+        return torch.randn(4, spec.in_channels, generator=generator).to(weight.device)
+    reach = [d * (k - 1) + 2 for k, d in zip(spec.kernel, spec.dilation, strict=True)]
+    return torch.randn(2, spec.in_channels, *reach, generator=generator).to(weight.device)
 
 
 @torch.no_grad()
-def _verify(name: str, layer: nn.Module, structure: Structure, in_memory: bool, module: nn.Module, x: Tensor) -> None:
+def _verify(dense: LinearMap, structure: Structure, in_memory: bool, module: nn.Module, x: Tensor) -> None:
     """In float64, so that neither TF32 nor the order of sums plays a part."""
     with torch.autocast(x.device.type, enabled=False):
-        dense = copy.deepcopy(layer).double()
+        layer: Any = dense.as_layer().double()
         if not in_memory:
-            dense.weight.copy_(structure.reconstruct(torch.float64))  # type: ignore[operator]
+            layer.weight.copy_(structure.reconstruct(torch.float64))
         if structure.bias is not None:
-            dense.bias = nn.Parameter(structure.bias.double())
-        expected = dense(x.double())
+            layer.bias = nn.Parameter(structure.bias.double())
+        expected = layer(x.double())
         error = float(torch.linalg.vector_norm(copy.deepcopy(module).double()(x.double()) - expected))
         scale = float(torch.linalg.vector_norm(expected))
         if not error <= TOLERANCE * scale + torch.finfo(torch.float32).tiny:
             raise RuntimeError(
-                f"Layer {name!r}: the extracted layer's output differs from the projected one's by "
+                f"Layer {dense.name!r}: the extracted layer's output differs from the projected one's by "
                 f"{error / max(scale, 1e-300):.1e} of its norm; expected at most {TOLERANCE:.0e}. The weights have "
                 "changed since they were projected, or this is a bug of lowrank_pl"
             )

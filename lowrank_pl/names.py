@@ -58,3 +58,14 @@ def snake_case(name: str) -> str:
 def same_words(text: str) -> str:
     """A `repr` without addresses, so that it is the same in every process."""
     return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def clean_name(name: str) -> str:
+    """A module's dotted name without what `torch.compile` adds."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def under(part: str, named: Mapping[str, T]) -> dict[str, T]:
+    """What belongs to a part, under the part's own names."""
+    inside = {name: value for name, value in named.items() if not part or f"{name}.".startswith(f"{part}.")}
+    return {name[len(part) :].lstrip("."): value for name, value in inside.items()}

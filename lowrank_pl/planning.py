@@ -7,15 +7,15 @@ from typing import TypeAlias, TypeVar
 
 from torch import nn
 
+from lowrank_pl.adapters import find_maps, obstacles
 from lowrank_pl.compression import Compression, Plan
 from lowrank_pl.decompositions import Candidates, Decomposition, FirstOf
 from lowrank_pl.decompositions.several import Several
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import spec_of
 from lowrank_pl.names import resolve
 from lowrank_pl.ranks import CompressionRatio, RankRule
-from lowrank_pl.surgery import Trace, find_layers, obstacles
 from lowrank_pl.targets import Targets, check_patterns, matches
+from lowrank_pl.tracing import NEVER_BUT_READ, READ, Trace
 
 OneMethod: TypeAlias = str | Candidates | Sequence[str | Decomposition]
 MethodChoice: TypeAlias = OneMethod | Mapping[str, OneMethod]
@@ -48,29 +48,33 @@ def make_plan(
         raise TypeError(f"Expected argument `targets` to be Targets(include=[...], ...) but got {targets!r:.100}")
     methods = resolve(method, Candidates, "method", FirstOf)  # type: ignore[type-abstract]
     rules = resolve(DEFAULT_RANK if rank is None else rank, RankRule, "rank")  # type: ignore[type-abstract]
-    layers = find_layers(model)
-    dense = (targets or Targets()).left_out(model, trace)
-    check_patterns(methods, layers, "method")
-    check_patterns(rules, layers, "rank")
+    maps = find_maps(model)
+    dense = (targets or Targets()).left_out(maps, trace)
+    check_patterns(methods, maps, "method")
+    check_patterns(rules, maps, "rank")
     found = obstacles(model)
     specs: dict[str, LayerSpec] = {}
     compressions, frozen = [], []
-    for name, module in layers.items():
-        reason = found.get(module)
+    for name, each in maps.items():
+        reason = found.get(name)
         if reason and reason.startswith("lazy"):
             specs[name], dense[name] = LayerSpec("linear", 0, 0), reason
             continue
-        specs[name] = spec = trace.on(name, spec_of(module)) if trace else spec_of(module)
+        specs[name] = spec = trace.on(name, each.layer) if trace else each.layer
         reason = reason or _idle(name, trace) or dense.get(name)
-        if reason is None and training and name not in joined and not module.weight.requires_grad:
+        if reason in (READ, NEVER_BUT_READ) and each.adapter.shown_by_running:
+            reason = f"a parameter of {type(each.module).__name__} that is not only multiplied by"
+        if reason is None and trace is None and each.adapter.shown_by_running:
+            reason = "how it is used is not known: give example_input"
+        if reason is None and training and name not in joined and not any(p.requires_grad for p in each.parameters):
             reason = "frozen: requires_grad is False"
-            frozen.append(module)
+            frozen.append(each)
         own, rule = _first_match(methods, name), _first_match(rules, name)
         if isinstance(own, FirstOf) and own.unsupported(spec) is None:
             (own,) = own.candidates(spec)  # from here on as if it alone had been given
         reason = reason or _mismatch(name, spec, own, rule)
         if reason is None and own is not None and rule is not None:
-            compressions.append(Compression(name, module, spec, own, rule))
+            compressions.append(Compression(each, spec, own, rule))
         else:
             dense[name] = str(reason)
     return Plan(compressions, dense, specs, trace, frozen)

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lowrank_pl.adapters import find_maps
 from lowrank_pl.extraction import RECORD
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import spec_of
 from lowrank_pl.structures import Dense, Layout, layout_from_dict
-from lowrank_pl.surgery import find_layers
 
 
 def deployed_layers(net: nn.Module) -> dict[nn.Module, Layout]:
@@ -23,8 +22,9 @@ def deployed_layers(net: nn.Module) -> dict[nn.Module, Layout]:
             layout = layout_from_dict(entry["structure"], layer)
             if layout.num_weights:
                 found[owner.get_submodule(name)] = layout
+    layers = {each.module: each for each in find_maps(net).values() if each.is_layer}
     inside = {part for module in found for part in module.modules()}
-    return found | {layer: Dense(spec_of(layer)) for layer in find_layers(net).values() if layer not in inside}
+    return found | {module: Dense(each.layer) for module, each in layers.items() if module not in inside}
 
 
 def sum_of_squares(layers: Mapping[nn.Module, Layout]) -> Tensor:

@@ -15,30 +15,17 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowrank_pl.adapters import LinearMap, find_maps
 from lowrank_pl.compression import Row
 from lowrank_pl.extraction import RECORD
-from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import spec_of
+from lowrank_pl.names import clean_name
 from lowrank_pl.structures import Dense, Layout, layout_from_dict
-from lowrank_pl.surgery import (
-    FUSED,
-    Call,
-    Trace,
-    clean_name,
-    count_inputs,
-    detached_copy,
-    find_layers,
-    is_same_computation,
-    num_parameters,
-    record,
-    run,
-    with_inputs,
-)
+from lowrank_pl.surgery import detached_copy, is_same_computation, num_parameters
 from lowrank_pl.terminal import terminal
 from lowrank_pl.timing import PeakMemory, free_bytes, median_ms
+from lowrank_pl.tracing import FUSED, Call, Trace, count_inputs, record, run, with_inputs
 
 T = TypeVar("T")
 Times: TypeAlias = tuple[dict[str, float], dict[str, float]]  # of two modules, by batch size
@@ -155,7 +142,7 @@ def summarize(
 ) -> Report:
     """Count and time a network and its compressed copy side by side.
 
-    `example_input` is a batch (the argument, a tuple of arguments, or `lowrank_pl.surgery.Call(kwargs=...)`), on the
+    `example_input` is a batch (the argument, a tuple of arguments, or `lowrank_pl.Call(kwargs=...)`), on the
     networks' device, of `batch_size` inputs, which is to be given where its tensors do not tell; MACs are counted by
     PyTorch's own counter on its first input. Without it, or with `latency=False`, nothing is timed; else what fits into
     memory and about a minute is, the networks first. Both networks are left as they were.
@@ -209,9 +196,9 @@ def summarize_layers(dense: nn.Module, compressed: nn.Module, trace: Trace, late
 def _report(dense: nn.Module, compressed: nn.Module, trace: Trace, total: tuple[Size, Size], watch: _Watch) -> Report:
     entry = getattr(compressed, RECORD, {"layers": {}, "notes": {}})
     layers = []
-    for name, layer in watch.shown(list(find_layers(dense).items())):
-        layout = _layout(name, layer, entry["layers"].get(name), trace)
-        sizes = _layer_sizes(name, (layer, compressed.get_submodule(name)), trace, layout, watch)
+    for name, each in watch.shown(list(find_maps(dense).items())):
+        layout = _layout(name, each, entry["layers"].get(name), trace)
+        sizes = _layer_sizes(name, _pair_of(each, compressed, name in entry["layers"]), trace, layout, watch)
         layers.append(LayerSize(name, layout.describe(), *sizes, entry["notes"].get(name, "")))
     parameter = next(dense.parameters(), torch.zeros(()))
     fused = [module for module in dense.modules() if isinstance(module, nn.RNNBase) and parameter.device.type != "cpu"]
@@ -237,9 +224,17 @@ def print_plan(rows: Sequence[Row], console: Console | None = None, title: str =
     (console or terminal()).print(table)
 
 
-def _layout(name: str, layer: nn.Module, entry: dict[str, Any] | None, trace: Trace) -> Layout:
+def _pair_of(dense: LinearMap, compressed: nn.Module, is_replaced: bool) -> tuple[nn.Module, nn.Module]:
+    """A linear map as a layer, and what has replaced it."""
+    layer = dense.module if dense.is_layer else dense.as_layer()
+    if is_replaced:
+        return layer, compressed.get_submodule(dense.name)
+    return layer, compressed.get_submodule(dense.name) if dense.is_layer else layer
+
+
+def _layout(name: str, dense: LinearMap, entry: dict[str, Any] | None, trace: Trace) -> Layout:
     """What a record says became of a layer."""
-    spec = LayerSpec("linear", 0, 0) if isinstance(layer, LazyModuleMixin) else trace.on(name, spec_of(layer))
+    spec = trace.on(name, dense.layer)
     return Dense(spec) if entry is None else layout_from_dict(entry["structure"], spec)
 
 

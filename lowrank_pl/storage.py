@@ -12,12 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from lowrank_pl.adapters import find_maps
 from lowrank_pl.extraction import RECORD
 from lowrank_pl.files import write_files
-from lowrank_pl.layers import spec_of
 from lowrank_pl.reading import MEGABYTE, read_json
 from lowrank_pl.structures import Layout, layout_from_dict
-from lowrank_pl.surgery import detached_copy, find_layers, replace_layers
+from lowrank_pl.surgery import deploy, detached_copy
 
 FORMAT = 1
 _TYPES = {
@@ -139,23 +139,23 @@ def _read_structure(path: Path) -> dict[str, Any]:
 def _rebuild(model: nn.Module, entries: dict[str, Any], folder: Path) -> nn.Module:
     """A copy of the dense network with empty modules, on the meta device, where the structure has factors."""
     skeleton = detached_copy(model)
-    layers = find_layers(skeleton)
-    replacements = {}
+    maps = find_maps(skeleton)
+    parts = {}
     for name, entry in entries.items():
         if not isinstance(entry, dict) or not {"structure", "replaces"} <= set(entry):
             raise ValueError(f"Layer {name!r} in {folder / 'structure.json'} is altered. Save the network again")
-        if name not in layers or entry["replaces"] != spec_of(layers[name]).to_dict():
+        if name not in maps or entry["replaces"] != maps[name].layer.to_dict():
             raise ValueError(
                 f"{folder} is for another network: layer {name!r} is {entry['replaces']} there and "
-                f"{spec_of(layers[name]).to_dict() if name in layers else 'missing'} here. Names of layers are those "
+                f"{maps[name].layer.to_dict() if name in maps else 'missing'} here. Names of layers are those "
                 "of the whole that was saved: of a LightningModule, unless ExtractStructure(submodule=...) was given"
             )
         with torch.device("meta"):
-            layout = layout_from_dict(entry["structure"], spec_of(layers[name]))
+            layout = layout_from_dict(entry["structure"], maps[name].layer)
             _check_stages(name, layout, folder)
-            module = layout.build(layers[name].bias is not None)
-            replacements[layers[name]] = module.to(layers[name].weight.dtype)  # type: ignore[arg-type]
-    return replace_layers(skeleton, replacements).train(model.training)
+            module = layout.build(maps[name].bias is not None)
+            parts[name] = module.to(maps[name].parameters[0].dtype)
+    return deploy(skeleton, parts).train(model.training)
 
 
 def _check_stages(name: str, layout: Layout, folder: Path) -> None:

@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, final
+from typing import final
 
-from torch import nn
-
+from lowrank_pl.adapters import LinearMap
 from lowrank_pl.layers import LAYER_TYPES
-from lowrank_pl.surgery import Trace, find_layers
+from lowrank_pl.tracing import Trace
 
-_TYPE_NAMES = tuple(kind.__name__ for kind in LAYER_TYPES)
+_TYPE_NAMES = (
+    *(kind.__name__ for kind in LAYER_TYPES), "Conv1D", "MultiheadAttention", "LSTM", "GRU", "RNN", "Embedding"
+)  # fmt: skip
 
 
 @final
@@ -49,18 +50,17 @@ class Targets:
         if self.min_channels < 0:
             raise ValueError(f"Expected argument `min_channels` to be at least 0 but got {self.min_channels}")
 
-    def left_out(self, model: nn.Module, trace: Trace | None) -> dict[str, str]:
-        """The layers that do not take part, and why. Without a trace, the order of registration stands for the order
+    def left_out(self, maps: Mapping[str, LinearMap], trace: Trace | None) -> dict[str, str]:
+        """The maps that do not take part, and why. Without a trace, the order of registration stands for the order
         of running. Raises `ValueError` for a pattern that matches no layer."""
-        layers = find_layers(model)
-        check_patterns((*self.include, *self.exclude), layers, "targets")
-        ends = self._ends(layers, trace)
+        check_patterns((*self.include, *self.exclude), maps, "targets")
+        ends = self._ends(maps, trace)
         reasons = {}
-        for name, layer in layers.items():
-            width: Any = math.inf if isinstance(layer, nn.Linear) else layer.in_channels
+        for name, each in maps.items():
+            width = math.inf if each.layer.kind == "linear" else each.layer.in_channels
             if not matches(name, self.include) or matches(name, self.exclude):
                 reasons[name] = "not among the targets"
-            elif self.types is not None and not any(kind.__name__ in self.types for kind in type(layer).__mro__):
+            elif self.types is not None and not set(self.types) & set(each.kinds):
                 reasons[name] = f"not of type {' or '.join(self.types)}"
             elif name in ends:
                 reasons[name] = ends[name]
@@ -68,17 +68,17 @@ class Targets:
                 reasons[name] = f"fewer than {self.min_channels} input channels"
         return reasons
 
-    def _ends(self, layers: Mapping[str, nn.Module], trace: Trace | None) -> dict[str, str]:
+    def _ends(self, maps: Mapping[str, LinearMap], trace: Trace | None) -> dict[str, str]:
         """The first convolution and the last linear layer of every network, in these words."""
         networks: dict[str, list[str]] = {}
-        for name in trace.calls if trace else layers:
-            if name in layers:
+        for name in trace.calls if trace else maps:
+            if name in maps and maps[name].is_layer:
                 networks.setdefault(trace.networks.get(name, "") if trace else "", []).append(name)
         found: dict[str, str] = {}
         for network, names in networks.items():
             of = "" if len(networks) == 1 else f" of {network or 'the module'}"
-            linears = [name for name in names if isinstance(layers[name], nn.Linear)]
-            convolutions = [name for name in names if not isinstance(layers[name], nn.Linear)]
+            linears = [name for name in names if maps[name].layer.kind == "linear"]
+            convolutions = [name for name in names if name not in linears]
             found |= dict.fromkeys(convolutions[:1] if self.skip_first else [], f"the first convolution{of}")
             found |= dict.fromkeys(linears[-1:] if self.skip_last else [], f"the last linear layer{of}")
         return found

@@ -29,7 +29,7 @@ from lowrank_pl.decompositions import Choice
 from lowrank_pl.extraction import difference, extract
 from lowrank_pl.layers import TiledLayer
 from lowrank_pl.structures import Structure
-from lowrank_pl.surgery import Call, record
+from lowrank_pl.tracing import Call, record
 
 X = images(2)[0]
 EVERYTHING = Targets(skip_first=False, skip_last=False)
@@ -172,7 +172,6 @@ def test_reasons():
         "attention.out_proj": "never called",
         "one": "tied",
         "two": "tied",
-        "normed": "parametrized",
         "idle": "never called",
         "read": "never called",
     }

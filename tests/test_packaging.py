@@ -15,7 +15,7 @@ PACKAGE = ROOT / "lowrank_pl"
 # Strict: what a room imports lies on a level above it in this list, or in the room itself. README.md draws the same.
 LEVELS = [
     # 0: numbers and files
-    {"checks", "names", "files", "reading", "terminal", "timing", "processes", "layer_spec", "linalg"},
+    {"checks", "names", "files", "reading", "terminal", "timing", "processes", "layer_spec", "linalg", "fingerprints"},
     {"checksums", "curves", "run_files"},
     # 1: one weight
     {"layers"},
@@ -24,7 +24,9 @@ LEVELS = [
     {"costs"},
     {"ranks"},
     # 2: one network
+    {"adapters"},
     {"surgery"},
+    {"tracing"},
     {"targets"},
     {"compression"},
     # 3: methods, no trainer

@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowrank_pl import BlockSVD, FixedRank, SpatialSVD, Targets, TiledSVD, Tucker2, compress, make_plan, summarize
 from lowrank_pl.evaluation import evaluate
 from lowrank_pl.report import median_ms, print_plan
-from lowrank_pl.surgery import is_same_computation, record
+from lowrank_pl.surgery import is_same_computation
 from lowrank_pl.timing import PeakMemory, free_bytes
+from lowrank_pl.tracing import record
 
 X = images(2)[0]
 RANK = FixedRank(2)

@@ -8,7 +8,7 @@ from lowrank_pl import SVD, FixedRank, SpatialSVD, Targets, compress, make_plan
 from lowrank_pl.decompositions import Choice
 from lowrank_pl.models import CifarResNet, LeNet300
 from lowrank_pl.names import snake_case
-from lowrank_pl.surgery import record
+from lowrank_pl.tracing import record
 
 
 def chosen(model: nn.Module, targets: Targets, **options: object) -> list[str]:

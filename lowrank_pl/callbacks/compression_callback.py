@@ -22,8 +22,8 @@ from lowrank_pl.names import resolve
 from lowrank_pl.planning import DEFAULT_RANK, MethodChoice, RankChoice, make_plan
 from lowrank_pl.processes import equalize_
 from lowrank_pl.ranks import RankRule
-from lowrank_pl.surgery import Trace
 from lowrank_pl.targets import Targets
+from lowrank_pl.tracing import Trace
 
 Occasion: TypeAlias = Literal["training", "evaluation", "end"]
 
@@ -161,9 +161,10 @@ class CompressionCallback(pl.Callback, ABC):
         self.plan.leave_dense(self._left, "dense before the fit went on from a checkpoint")
         self._joined |= {c.name for c in self.plan.compressions}
         for c in self.plan.compressions:
-            if c.parameter.dtype not in (torch.float32, torch.float64):
+            dtype = c.parameters[0].dtype
+            if dtype not in (torch.float32, torch.float64):
                 raise TypeError(
-                    f"Layer {c.name!r}: expected float32 weights but got {c.parameter.dtype}, which rounds "
+                    f"Layer {c.name!r}: expected float32 weights but got {dtype}, which rounds "
                     "the low rank away; train in mixed precision instead"
                 )
         if before != [c.name for c in self.plan.compressions]:
@@ -205,7 +206,7 @@ class CompressionCallback(pl.Callback, ABC):
             plan.check_finite()  # on every process, so that all raise together
             given = None if choices is None else distort_(plan, choices)
             distortion = given or self.project(trainer, plan, occasion)
-            equalize_(c.parameter for c in plan.compressions)
+            equalize_(plan.parameters)
         self.distortion = distortion
         self._swap.mark(plan)
         return distortion
@@ -232,7 +233,7 @@ class CompressionCallback(pl.Callback, ABC):
             if self.recalibrate_bn:
                 recalibrate_batch_norms_(trainer, pl_module, self.recalibrate_bn)
 
-        self._swap.close([*(c.parameter for c in plan.compressions), *buffers], project)
+        self._swap.close([*plan.parameters, *buffers], project)
 
     def training_weights(self) -> AbstractContextManager[None]:
         """After a fit: the undistorted training weights in place of the projected ones, for as long as it lasts."""

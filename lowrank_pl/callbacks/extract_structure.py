@@ -13,9 +13,11 @@ from lowrank_pl.callbacks.compression_callback import CompressionCallback
 from lowrank_pl.callbacks.quiet import check_copyable
 from lowrank_pl.extraction import difference, extract, part_of
 from lowrank_pl.files import check_folder
+from lowrank_pl.names import under
 from lowrank_pl.report import Report, summarize, summarize_layers
 from lowrank_pl.storage import check_savable, save_compressed
-from lowrank_pl.surgery import Trace, detached_copy, uncopyable, under
+from lowrank_pl.surgery import detached_copy, uncopyable
+from lowrank_pl.tracing import Trace
 
 
 class ExtractStructure(pl.Callback):

@@ -31,7 +31,7 @@ def check_targets(trainer: pl.Trainer, plan: Plan) -> None:
                 "Targets(exclude=[...])"
             )
     for c in plan.compressions:
-        if id(c.parameter) not in optimized:
+        if not all(id(p) in optimized for p in c.parameters):
             raise ValueError(
                 f"Layer {c.name!r}: expected its weight among the optimizer's parameters, but no optimizer has it. "
                 "Add it there, or leave the layer out by Targets(exclude=[...])"

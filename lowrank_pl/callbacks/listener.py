@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from lowrank_pl.surgery import Recorder, Trace, count_inputs, find_layers, obstacles
+from lowrank_pl.adapters import find_maps, obstacles
+from lowrank_pl.tracing import Recorder, Trace, count_inputs
 
 BATCHES = 100  # or an epoch, if that is shorter
 
@@ -46,11 +47,9 @@ class Listener:
 
     def _is_missing_any(self, module: nn.Module) -> bool:
         assert self.trace is not None
-        hidden = {layer for layer, reason in obstacles(module).items() if not reason.startswith("lazy")}
-        return any(
-            name not in self.trace.calls and name not in self.trace.odd and layer not in hidden
-            for name, layer in find_layers(module).items()
-        )
+        hidden = {name for name, reason in obstacles(module).items() if not reason.startswith("lazy")}
+        known = {*self.trace.calls, *self.trace.odd, *hidden}
+        return any(name not in known for name in find_maps(module))
 
     def end_epoch(self) -> None:
         """What has not run by now is taken never to run."""

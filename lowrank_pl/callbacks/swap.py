@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank_pl.callbacks.stash import Stash, fingerprints
+from lowrank_pl.callbacks.stash import Stash
 from lowrank_pl.compression import Plan
+from lowrank_pl.fingerprints import fingerprints
 
 
 class Swap:
@@ -25,17 +26,17 @@ class Swap:
 
     def mark(self, plan: Plan) -> None:
         """The module holds projected weights now."""
-        self._projected = fingerprints(c.parameter for c in plan.compressions)
+        self._projected = fingerprints(plan.parameters)
 
     def is_marked(self, plan: Plan) -> bool:
         """Whether the module holds the last projection, untouched."""
-        return self._projected == fingerprints(c.parameter for c in plan.compressions)
+        return self._projected == fingerprints(plan.parameters)
 
     def unmark(self) -> None:
         self._projected = None
 
     def start_evaluation(self, plan: Plan, project: Callable[[], Any]) -> None:
-        self._evaluating = Stash(c.parameter for c in plan.compressions)
+        self._evaluating = Stash(plan.parameters)
         project()
         self._evaluating.seal()
 

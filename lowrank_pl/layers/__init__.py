@@ -2,18 +2,28 @@
 
 from lowrank_pl.layers.chain import FactorChain
 from lowrank_pl.layers.constant import ConstantLayer
+from lowrank_pl.layers.factored import FactoredEmbedding, FactoredParameter, with_bias
 from lowrank_pl.layers.grouped_linear import GroupedLinear
-from lowrank_pl.layers.lazy_weight import LazyWeight
+from lowrank_pl.layers.lazy_weight import Factors, LazyWeight, Made, Source
 from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, spec_of
 from lowrank_pl.layers.tiled import Run, TiledLayer, factor_shapes, lowered, tile_regions, tile_side, weight_of_tiles
 
+# what compression puts into a network
+DEPLOYED = (ConstantLayer, FactorChain, FactoredEmbedding, FactoredParameter, GroupedLinear, TiledLayer)
+
 __all__ = [
+    "DEPLOYED",
     "LAYER_TYPES",
     "ConstantLayer",
     "FactorChain",
+    "FactoredEmbedding",
+    "FactoredParameter",
+    "Factors",
     "GroupedLinear",
     "LazyWeight",
+    "Made",
     "Run",
+    "Source",
     "TiledLayer",
     "as_operator",
     "as_stored",
@@ -24,4 +34,5 @@ __all__ = [
     "tile_regions",
     "tile_side",
     "weight_of_tiles",
+    "with_bias",
 ]

@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers.lazy_weight import weight_of_factors
+from lowrank_pl.layers.lazy_weight import Factors, Made, Source, weight_of_factors
 
 
 class _Layout(Protocol):
@@ -37,7 +37,10 @@ class FactorChain(nn.Sequential):
         factor = self[0].weight
         assert isinstance(factor, Tensor)
         shape = self.layout.layer.stored_shape
-        return weight_of_factors(factor, shape, lambda: self.layout.weight(self.layout.tensors(self)))
+        source: Source = Made(lambda: self.layout.weight(self.layout.tensors(self)))
+        if len(self) == 2 and len(shape) == 2 and self.layout.layer.groups == 1:
+            source = Factors(self.get_parameter("1.weight"), self.get_parameter("0.weight"), source.dense)
+        return weight_of_factors(factor, shape, source)
 
     @property
     def bias(self) -> nn.Parameter | None:

@@ -3,7 +3,19 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """`[..., S]` to `[..., T]` by a weight `[T, S / groups]`."""
+    if groups == 1:
+        return F.linear(x, weight, bias)
+    x = x.unsqueeze(0)  # for a single vector, too, an axis to unflatten
+    vectors = x.reshape(-1, groups, weight.shape[1]).transpose(0, 1)
+    y: Tensor = torch.bmm(vectors, weight.unflatten(0, (groups, -1)).transpose(1, 2)).transpose(0, 1).flatten(1)
+    y = y.unflatten(0, x.shape[:-1]).squeeze(0)
+    return y if bias is None else y + bias.to(y.dtype)  # under autocast, as nn.Linear
 
 
 class GroupedLinear(nn.Module):
@@ -24,12 +36,7 @@ class GroupedLinear(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.unsqueeze(0)  # for a single vector, too, an axis to unflatten
-        vectors = x.reshape(-1, self.groups, self.in_features // self.groups).transpose(0, 1)
-        weight = self.weight.unflatten(0, (self.groups, self.out_features // self.groups))
-        y: Tensor = torch.bmm(vectors, weight.transpose(1, 2)).transpose(0, 1).flatten(1)
-        y = y.unflatten(0, x.shape[:-1]).squeeze(0)
-        return y if self.bias is None else y + self.bias.to(y.dtype)  # under autocast, as nn.Linear
+        return grouped_linear(x, self.weight, self.bias, self.groups)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, groups={self.groups}, bias={self.bias is not None}"

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers.lazy_weight import weight_of_factors
+from lowrank_pl.layers.grouped_linear import grouped_linear
+from lowrank_pl.layers.lazy_weight import Made, weight_of_factors
 
 _CONVS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -152,7 +153,8 @@ class TiledLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """`dense_weight`, made when its values are needed, for code that asks for its type or shape."""
-        return weight_of_factors(self.left[0], self.spec.stored_shape, self.dense_weight)
+        layer = self._multiply_vectors if self.spec.kind == "linear" and self.run == "factors" else None
+        return weight_of_factors(self.left[0], self.spec.stored_shape, Made(self._weight, layer))
 
     def dense_weight(self) -> Tensor:
         """The weight that the tiles make, as PyTorch stores it."""
@@ -180,7 +182,7 @@ class TiledLayer(nn.Module):
 
     def _forward_dense(self, x: Tensor) -> Tensor:
         if self.spec.kind == "linear":
-            return F.linear(x, self._weight(), self.bias)
+            return grouped_linear(x, self._weight(), self.bias, self.spec.groups)
         y: Tensor
         spec, axes = self.spec, len(self.spec.kernel)
         if spec.kind == "conv_transpose":
@@ -212,7 +214,7 @@ class TiledLayer(nn.Module):
     def _forward_factors(self, x: Tensor) -> Tensor:
         y: Tensor
         if self.spec.kind == "linear":
-            y = self._multiply(x.reshape(1, -1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], self.spec.out_channels)
+            y = self._multiply_vectors(x)
             return y if self.bias is None else y + self.bias.to(y.dtype)
         axes = len(self.spec.kernel)
         if x.dim() == axes + 1:
@@ -223,6 +225,10 @@ class TiledLayer(nn.Module):
         else:
             y = self._multiply(self._unfold(self._pad(x))).unflatten(2, size)
         return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, *[1] * axes)
+
+    def _multiply_vectors(self, x: Tensor) -> Tensor:
+        """`[..., S]` to `[..., T]`."""
+        return self._multiply(x.reshape(1, -1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], self.spec.out_channels)
 
     def _multiply(self, columns: Tensor) -> Tensor:
         """`[B, S d d, P]` to `[B, T, P]`; of transposed convolutions `[B, S, P]` to `[B, T d d, P]`."""

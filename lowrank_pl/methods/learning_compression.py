@@ -86,7 +86,7 @@ class LCState:
             if ranks is None:
                 continue
             choices[c.name] = choice = c.from_list(ranks)
-            here = c.parameter.device
+            here = c.parameters[0].device
             empty = [c.read().new_empty(0)]  # before 0.2 nothing was stored for rank 0
             tensors = tuple(x.to(here) for x in values["factors"][c.name] or empty)
             if not _fits(choice, c, tensors):
@@ -244,12 +244,10 @@ def add_penalty_gradients_(plan: Plan, state: LCState, only: Collection[nn.Param
     """
     chosen = None if only is None else {id(parameter) for parameter in only}
     for c in plan.compressions:
-        weight = c.parameter
-        if c.name in state.free or not state.knows(c) or (chosen is not None and id(weight) not in chosen):
+        if c.name in state.free or not state.knows(c):
             continue
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        weight.grad.add_(weight, alpha=state.mu).sub_(state.anchors[c.name], alpha=state.mu)
+        if chosen is None or any(id(p) in chosen for p in c.parameters):
+            c.map.add_gradient_(state.mu * (c.read() - state.anchors[c.name]))
 
 
 def _choose(
@@ -296,6 +294,6 @@ def _shifted(c: Compression, state: LCState | None) -> Tensor:
 
 def _kept(structure: Structure, c: Compression) -> Structure:
     """Not the module's own memory, which the next optimizer step writes to."""
-    if structure.tensors[0].data_ptr() == c.parameter.data_ptr():
+    if any(structure.tensors[0].data_ptr() == p.data_ptr() for p in c.parameters):
         return structure.with_tensors([structure.tensors[0].clone()])
     return structure

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from lowrank_pl.adapters import find_maps
 from lowrank_pl.callbacks import CompressionCallback, ExtractStructure, LearningCompression
 from lowrank_pl.checksums import add_sum, check_sum, write_summed
 from lowrank_pl.extraction import extracted_part
@@ -36,7 +37,6 @@ from lowrank_pl.runs.resumable import Resumable, WholeFiles, newest_checkpoint
 from lowrank_pl.runs.state import check_data, stages_again
 from lowrank_pl.runs.stopping import Interrupted, Stop
 from lowrank_pl.storage import load_compressed, save_compressed
-from lowrank_pl.surgery import find_layers
 from lowrank_pl.terminal import say, terminal
 
 
@@ -272,8 +272,8 @@ def _weights(net: nn.Module) -> bytes:
 def _spectra(net: nn.Module) -> dict[str, dict[str, Sequence[float]]]:
     """Singular values of every layer's lowered kernel `T x (S d d)`, of the largest's size, at a few indices from 1."""
     spectra: dict[str, dict[str, Sequence[float]]] = {}
-    for name, layer in find_layers(net).items():
-        matrix = layer.weight.detach().flatten(1)  # type: ignore[operator]
+    for name, layer in find_maps(net).items():
+        matrix = layer.read().flatten(1)
         energies = singular_energies(matrix).clamp(min=0).sqrt()
         index = sorted({round(i) for i in np.geomspace(1, len(energies), min(len(energies), 24))})
         values = (energies / energies[0].clamp(min=1e-300))[torch.tensor(index) - 1]

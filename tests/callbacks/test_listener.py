@@ -4,7 +4,7 @@ import torch
 from nets import Net, images
 
 from lowrank_pl.callbacks.listener import Listener
-from lowrank_pl.surgery import Trace
+from lowrank_pl.tracing import Trace
 
 X = images(1)[0]
 LAYERS = {"conv1", "conv2", "fc1", "fc2"}

@@ -26,7 +26,7 @@ from lowrank_pl.decompositions import (
 from lowrank_pl.layers import TiledLayer, spec_of
 from lowrank_pl.planning import make_plan
 from lowrank_pl.ranks import RankProblem, enumerate_ranks
-from lowrank_pl.surgery import record
+from lowrank_pl.tracing import record
 
 EVERYTHING = Targets(skip_first=False, skip_last=False)
 

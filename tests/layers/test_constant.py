@@ -14,7 +14,7 @@ from lowrank_pl.extraction import extract
 from lowrank_pl.layers import ConstantLayer, spec_of
 from lowrank_pl.planning import make_plan
 from lowrank_pl.structures import Constant, Structure, layout_from_dict
-from lowrank_pl.surgery import record
+from lowrank_pl.tracing import record
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 

@@ -15,7 +15,7 @@ from lowrank_pl.methods import LCState, add_penalty_gradients_, c_step, least_la
 from lowrank_pl.planning import make_plan
 from lowrank_pl.ranks import CostBudget, CostPenalty
 from lowrank_pl.structures import Chain, Constant, Dense
-from lowrank_pl.surgery import record
+from lowrank_pl.tracing import record
 
 METHODS = {
     "svd": SVD(),

@@ -11,8 +11,8 @@ from lowrank_pl.decompositions import TiledSVD
 from lowrank_pl.models import VGG, CifarResNet
 from lowrank_pl.planning import make_plan
 from lowrank_pl.structures import Dense, total_macs
-from lowrank_pl.surgery import record
 from lowrank_pl.targets import Targets
+from lowrank_pl.tracing import record
 
 DEEPTWIST = "Lee et al. 2019 (DeepTwist)"
 with files("lowrank_pl.overview").joinpath("published.csv").open(encoding="utf-8") as lines:

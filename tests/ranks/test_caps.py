@@ -15,8 +15,8 @@ from lowrank_pl.layers import spec_of
 from lowrank_pl.methods import c_step
 from lowrank_pl.planning import make_plan
 from lowrank_pl.ranks import CostBudget, CostPenalty, RankProblem
-from lowrank_pl.surgery import record
 from lowrank_pl.targets import Targets
+from lowrank_pl.tracing import record
 
 CHEAPEST = Cheapest("svd", "spatial_svd", "tucker2")
 

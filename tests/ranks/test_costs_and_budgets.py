@@ -16,8 +16,8 @@ from lowrank_pl.models import VGG, CifarResNet, LeNet5, LeNet300
 from lowrank_pl.planning import make_plan
 from lowrank_pl.ranks import CostBudget, CostPenalty, GreedyEnergy, RankProblem
 from lowrank_pl.structures import total_macs
-from lowrank_pl.surgery import record
 from lowrank_pl.targets import Targets
+from lowrank_pl.tracing import record
 
 STRUCTURES = [SVD(), SpatialSVD(), BlockSVD(4), TiledSVD(6), Tucker2()]
 

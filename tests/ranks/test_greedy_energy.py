@@ -16,8 +16,8 @@ from lowrank_pl.models import CifarResNet, LeNet5, LeNet300, load_weights
 from lowrank_pl.planning import make_plan
 from lowrank_pl.ranks import GreedyEnergy, RankProblem, enumerate_ranks
 from lowrank_pl.structures import total_macs
-from lowrank_pl.surgery import record
 from lowrank_pl.targets import Targets
+from lowrank_pl.tracing import record
 
 SHARED_DATA = os.environ.get("LOWRANK_PL_SHARED_DATA", "")
 STRUCTURES = [SVD(), SpatialSVD(), BlockSVD(4), TiledSVD(6), Tucker2()]

@@ -1,0 +1,59 @@
+"""Which adapters there are, and what they find in a network."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+from lowrank_pl.adapters.base import Adapter, LinearMap
+from lowrank_pl.adapters.computed import Computed
+from lowrank_pl.adapters.conv1d import Conv1D
+from lowrank_pl.adapters.embedding import Embedding
+from lowrank_pl.adapters.ordinary import Ordinary
+from lowrank_pl.adapters.parameters import Parameters
+from lowrank_pl.layers import DEPLOYED
+from lowrank_pl.names import clean_name
+
+_adapters: list[Adapter] = [Conv1D(), Computed(), Ordinary(), Embedding(), Parameters()]
+
+
+def register_adapter(adapter: Adapter) -> None:
+    """Ask this one before the others, from now on: of several that know a module the first one counts."""
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"Expected argument `adapter` to be an Adapter but got {adapter!r:.100}")
+    _adapters.insert(0, adapter)
+
+
+def find_maps(model: nn.Module) -> dict[str, LinearMap]:
+    """Every linear map by its dotted name, in the order of registration, those of shared modules once; without those
+    of the layers that compression put there."""
+    hidden: set[nn.Module] = set()
+    found = {}
+    for start, module in model.named_modules():
+        if isinstance(module, DEPLOYED):
+            hidden |= set(module.modules())
+        if module in hidden:
+            continue
+        for adapter in _adapters:
+            maps = adapter.maps(module)
+            for key, layer in maps.items():
+                name = ".".join(filter(None, (clean_name(start), key)))
+                found[name] = LinearMap(name, adapter, module, key, layer)
+            if maps:
+                hidden |= {part for inside in adapter.inside(module) for part in inside.modules()}
+                break
+    return found
+
+
+def obstacles(model: nn.Module) -> dict[str, str]:
+    """The linear maps that can be neither projected nor replaced, whatever the decomposition, and why; in one pass."""
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    found = {}
+    for name, each in find_maps(model).items():
+        reason = each.obstacle()
+        if reason is None and any(owners[id(p)] > 1 for p in each.parameters):
+            reason = "its weight is tied to another module's"
+        if reason is not None:
+            found[name] = reason
+    return found

@@ -1,0 +1,135 @@
+"""Factors in place of a parameter, and of an embedding's table."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from lowrank_pl.layers.chain import FactorChain
+from lowrank_pl.layers.grouped_linear import GroupedLinear
+from lowrank_pl.layers.lazy_weight import Factors, LazyWeight, Made, weight_of_factors
+
+
+class FactoredParameter(nn.Module):
+    """Stands where a module had a Parameter of this shape, and is to its code what the parameter was: a tensor, whose
+    products with others go through the factors and which is made whole only where something else wants it.
+
+    `factors` is a `FactorChain` or `TiledLayer` of a linear layer, with a group for each matrix of the parameter.
+    """
+
+    def __init__(self, factors: nn.Module, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.factors, self._shape = factors, shape
+
+    def tensor(self) -> Tensor:
+        """The parameter, as a `LazyWeight`."""
+        factors: Any = self.factors
+        like = next(factors.parameters(), torch.empty(0))
+
+        def make() -> Tensor:
+            weight = factors.weight
+            whole: Tensor = weight.make() if isinstance(weight, LazyWeight) else weight
+            return whole.reshape(self._shape)
+
+        is_pair = isinstance(factors, FactorChain) and len(factors) == 2
+        if not is_pair or not all(isinstance(link, (nn.Linear, GroupedLinear)) for link in factors):
+            return weight_of_factors(like, self._shape, Made(make))
+        batch = self._shape[:-2]
+        left = factors[1].weight.reshape(*batch, self._shape[-2], -1)
+        right = factors[0].weight.reshape(*batch, -1, self._shape[-1])
+        return weight_of_factors(like, self._shape, Factors(left, right, make))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """For PyTorch this is the tensor."""
+        args, kwargs = tree_map_only(FactoredParameter, FactoredParameter.tensor, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__"):
+                raise
+            return getattr(self.tensor(), name)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As of a tensor; modules are moved by their parents, through `_apply`."""
+        return self.tensor().to(*args, **kwargs)
+
+    def float(self) -> Any:
+        return self.tensor().float()
+
+    def double(self) -> Any:
+        return self.tensor().double()
+
+    def half(self) -> Any:
+        return self.tensor().half()
+
+    def bfloat16(self) -> Any:
+        return self.tensor().bfloat16()
+
+    def type(self, dst_type: Any = None) -> Any:
+        return self.tensor().type(dst_type)
+
+    def extra_repr(self) -> str:
+        return f"shape={self._shape}"
+
+
+def _operator(name: str) -> Any:
+    def call(self: FactoredParameter, *args: Any) -> Any:
+        return getattr(self.tensor(), name)(*args)
+
+    return call
+
+
+for _name in (
+    "getitem", "len", "iter", "matmul", "rmatmul", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv",
+    "pow", "neg", "abs",
+):  # fmt: skip
+    setattr(FactoredParameter, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+class FactoredEmbedding(nn.Module):
+    """An embedding `[V, H]` whose table is the weight of `factors`, a linear layer from H to V without a bias: a row of
+    the one factor times the other. The layer itself may be the head of the same network, which is tied to it."""
+
+    def __init__(self, factors: nn.Module, padding_idx: int | None) -> None:
+        super().__init__()
+        self.factors, self.padding_idx = factors, padding_idx
+
+    @property
+    def weight(self) -> Tensor:
+        """The table."""
+        weight = self.factors.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        factors: Any = self.factors
+        if isinstance(factors, FactorChain) and all(isinstance(link, nn.Linear) for link in factors):
+            last, *others = (link.get_parameter("weight") for link in reversed(factors))
+            rows = F.embedding(input, last)
+            for factor in others:
+                rows = rows @ factor
+            return rows
+        return F.embedding(input, self.weight)
+
+
+def with_bias(layer: nn.Module, bias: Tensor | None) -> nn.Module:
+    """The same layer on the same parameters, with a bias of its own: for what is tied to another."""
+    if bias is None:
+        return layer
+    other = copy.copy(layer)
+    if isinstance(other, FactorChain):
+        other._modules = {**other._modules}
+        last = next(reversed(other._modules))
+        other._modules[last] = with_bias(other[-1], bias)
+        return other
+    other._parameters = {**other._parameters, "bias": nn.Parameter(bias.detach().clone())}
+    return other

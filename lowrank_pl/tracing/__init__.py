@@ -1,0 +1,10 @@
+"""What a network does when it runs: listen to its layers, count, and keep what they were called with."""
+
+from lowrank_pl.tracing.calls import SAMPLES, Call, count_inputs, with_inputs
+from lowrank_pl.tracing.recorder import FUSED, Recorder, eager, record, run
+from lowrank_pl.tracing.trace import NEVER_BUT_READ, READ, Trace
+
+__all__ = [
+    "FUSED", "NEVER_BUT_READ", "READ", "SAMPLES", "Call", "Recorder", "Trace", "count_inputs", "eager", "record", "run",
+    "with_inputs",
+]  # fmt: skip

@@ -1,0 +1,344 @@
+"""Listens to a network while its own code runs."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
+from inspect import ismethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from lowrank_pl.adapters import LinearMap, find_maps
+from lowrank_pl.layers import LAYER_TYPES, LazyWeight, Source, spec_of
+from lowrank_pl.names import clean_name
+from lowrank_pl.surgery import detached_copy
+from lowrank_pl.tracing.calls import SAMPLES, Call, count_inputs, few, leaves
+from lowrank_pl.tracing.trace import Trace, join
+
+
+def _count_lstm(x: Tensor, input_weight: Tensor, hidden_weight: Tensor, *_: Any, **__: Any) -> int:
+    """FLOPs of one direction of one layer: every vector meets both matrices."""
+    return 2 * x.shape[:-1].numel() * (input_weight.numel() + hidden_weight.numel())
+
+
+# a fused operation of CPUs, of which PyTorch's counter knows nothing
+_count_lstm._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode: tensors, not shapes
+FUSED = {torch.ops.aten.mkldnn_rnn_layer: _count_lstm}
+
+
+class _Counter(TorchDispatchMode):
+    """Counts multiply-adds as `FlopCounterMode` does, but leaves gradients and module hooks alone."""
+
+    def __init__(self, hear: Callable[[int], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.hear = hear
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if packet in FUSED:
+            self.hear(FUSED[packet](*args, **kwargs) // 2)
+        elif packet in flop_registry:
+            self.hear(flop_registry[packet](*args, **kwargs, out_val=out) // 2)
+        return out
+
+
+class Recorder:
+    """Listens to the layers of a model while its own code runs a batch of so many inputs; `stop()` gives the `Trace`.
+
+    Compiled code runs eagerly meanwhile, since it would not call hooks, or would be compiled with them.
+    """
+
+    def __init__(self, model: nn.Module, batch: int = 1) -> None:
+        self._trace, self._stack, self._model = Trace(batch=batch), ExitStack(), model
+        self._names = {module: clean_name(name) for name, module in model.named_modules()}
+        self._outputs: dict[int, tuple[str, weakref.ref[Tensor]]] = {}
+        self._inside: list[nn.Module | None] = []  # whose forward runs, innermost last
+        self._network = ""
+        self.read: set[str] = set()
+        self._alone: dict[tuple[str, tuple[int, ...]], list[int]] = {}  # calls on one vector or one table
+        self._of_shapes: dict[str, int] = {}  # multiply-adds by the shapes of a map's inputs ...
+        # ... the same and what was counted, by network and innermost module
+        self._explained: dict[tuple[str, str], int] = {}
+        self._counted: dict[tuple[str, str], int] = {}
+        self._counting = ExitStack()
+        self._stack.enter_context(eager())
+        owners: dict[nn.Module, dict[str, LinearMap]] = {}
+        for each in find_maps(model).values():
+            owners.setdefault(each.module, {})[each.key] = each
+        for owner, maps in owners.items():
+            handle = owner.register_forward_hook(self._listener(maps), with_kwargs=True)
+            self._stack.callback(handle.remove)
+            watched = {key or "weight": each for key, each in maps.items() if each.adapter.shown_by_running or not key}
+            if watched:
+                owner._parameters = _Watched(owner._parameters, partial(self._shown, watched))
+                self._stack.callback(_unwatch, owner)
+        for module in model.modules():
+            self._stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+            self._stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                self._stack.callback(module.register_forward_pre_hook(self._hear_norm).remove)
+
+    def close(self) -> None:
+        """Listen no more, and leave nothing behind on the model."""
+        self._counting.close()
+        self._stack.close()
+
+    def stop(self) -> Trace:
+        """What was heard."""
+        self.close()
+        trace = self._trace
+        for (name, size), (calls, vectors) in self._alone.items():
+            sizes = trace.calls[name]
+            # as many calls as inputs: a loop over them
+            sizes[size] = sizes.get(size, 0) + vectors * (1 if calls % trace.batch == 0 else trace.batch)
+        trace.hear_reads(self.read)
+        assert trace.rest is not None
+        for (network, name), macs in self._counted.items():
+            left = macs - self._explained.get((network, name), 0)
+            if name not in self._of_shapes and left > 0:
+                owner = {name: network}
+                for other in set(trace.networks.values()):
+                    join(owner, name, other)
+                trace.rest[owner[name]] = trace.rest.get(owner[name], 0) + left
+        self._compare()
+        return trace
+
+    def _compare(self) -> None:
+        """Warn where the layers' shapes give other multiply-adds than PyTorch's counter has seen in them."""
+        counted: Counter[str] = Counter()
+        explained: Counter[str] = Counter()
+        for found, of in ((counted, self._counted), (explained, self._explained)):
+            for (_, name), macs in of.items():
+                found[name] += macs
+        for name, macs in explained.items():
+            more = counted[name] - macs  # a layer does nothing else, attention does
+            wrong = abs(more) if name in self._of_shapes else -more
+            if name not in self._trace.odd and wrong > 0.01 * macs:
+                warnings.warn(
+                    f"Layer {name!r}: {macs:,} multiply-adds by the shapes of its inputs, but PyTorch counted "
+                    f"{counted[name]:,} in it: budgets and reports of MACs may be wrong",
+                    stacklevel=2,
+                )
+                return
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is self._model and hasattr(module, "training_step") and not ismethod(module.forward):
+            # a strategy such as DDP runs `training_step` in place of forward: losses and penalties are not the network
+            self._inside.append(None)
+            return
+        name, call = self._names[module], Call(args, kwargs)
+        outermost = not self._is_inside()
+        if outermost and not _in_backward():
+            self._open(module, name, call)
+        wanted = (outermost or "." not in name) and not isinstance(module, LAYER_TYPES)
+        if wanted and name not in self._trace.arguments:
+            kept = few(call, self._trace.batch)
+            if kept is not None:
+                self._trace.arguments[name] = kept
+        self._inside.append(module)
+
+    def _open(self, module: nn.Module, name: str, call: Call) -> None:
+        """`training_step` calls a module: a network of its own, unless it goes on with what another has computed."""
+        follows = any(isinstance(x, Tensor) and x.grad_fn is not None for x in leaves(call))
+        if not follows and not isinstance(module, LAYER_TYPES):
+            self._network = name
+        if name not in self._trace.called:
+            self._trace.called.append(name)
+        self._counting.enter_context(_Counter(self._hear_macs))
+
+    def _leave(self, *_: Any) -> None:
+        self._inside.pop()
+        if not self._is_inside():
+            self._counting.close()
+
+    def _is_inside(self) -> bool:
+        return any(module is not None for module in self._inside)
+
+    def _hear_macs(self, macs: int) -> None:
+        module = self._inside[-1]
+        if module is not None:
+            key = (self._network, self._names[module])
+            self._counted[key] = self._counted.get(key, 0) + macs
+
+    def _shown(self, watched: Mapping[str, LinearMap], key: str, weight: Tensor) -> Tensor:
+        """The weight as others see it: what it is multiplied by is heard, another use of its values too, a question for
+        its type or shape is none."""
+        each, reader = watched.get(key), self._inside[-1] if self._inside else None
+        if each is None or reader is None or isinstance(each.module, LazyModuleMixin):
+            return weight
+        if each.is_layer and reader is each.module:
+            return weight
+        return LazyWeight.of(weight, _Heard(self, each, weight))
+
+    def _listener(self, maps: dict[str, LinearMap]) -> Callable[..., None]:
+        adapter, owner = next((each.adapter, each.module) for each in maps.values())
+
+        def hear(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
+            if _in_backward():
+                return  # a second forward inside backward: activation checkpointing
+            inputs = {} if adapter.shown_by_running else adapter.inputs(owner, args, kwargs)
+            for key, each in maps.items():
+                if inputs is None:
+                    self._trace.odd[each.name] = "called with more than one argument"
+                elif each.name not in self._trace.odd and key in inputs:
+                    self._hear(each, inputs[key].detach(), self._names[owner])
+                elif not each.adapter.shown_by_running:  # it has run, but multiplies nothing
+                    self._trace.calls.setdefault(each.name, {})
+            if "" in maps and isinstance(y, Tensor):
+                self._outputs[id(y)] = (maps[""].name, weakref.ref(y))
+
+        return hear
+
+    def _hear_norm(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        name, output = self._outputs.get(id(args[0]) if args else 0, ("", None))
+        if output is not None and output() is args[0] and name not in self._trace.normed:
+            self._trace.normed.append(name)
+
+    def _hear(self, heard: LinearMap, x: Tensor, where: str) -> None:
+        name, axes = heard.name, len(heard.layer.kernel)
+        batched = x.dim() > (axes + 1 if axes else 1)
+        alone = self._trace.batch > 1 and (not batched or x.shape[0] == 1)
+        x = x.reshape(-1, *x.shape[-axes - 1 :])
+        sizes, size = self._trace.calls.setdefault(name, {}), tuple(x.shape[2:])
+        if alone:
+            counts = self._alone.setdefault((name, size), [0, 0])
+            counts[0], counts[1] = counts[0] + 1, counts[1] + x.shape[0]
+        else:
+            sizes[size] = sizes.get(size, 0) + x.shape[0]
+        join(self._trace.networks, name, self._network)
+        spec = spec_of(heard.module) if isinstance(heard.module, LAYER_TYPES) else heard.layer  # lazy ones know it now
+        self._explain(where, name, spec.with_(inputs=((x.shape[0], *size),)).macs or 0)
+        if name not in self._trace.samples:
+            self._trace.samples[name] = x[:SAMPLES].clone()
+
+    def hear_product(self, heard: LinearMap, x: Tensor, y: Tensor, is_whole: bool) -> None:
+        """Some module has multiplied `x` by a weight, or by a part of it, into `y`."""
+        where = self._names[reader] if (reader := self._inside[-1]) is not None else ""
+        if is_whole:
+            self._hear(heard, x.detach(), where)
+            return
+        macs, sizes = y.numel() * x.shape[-1], self._trace.calls.setdefault(heard.name, {})
+        sizes[()] = sizes.get((), 0) + macs / heard.layer.num_weights
+        join(self._trace.networks, heard.name, self._network)
+        self._explain(where, heard.name, macs)
+
+    def _explain(self, where: str, name: str, macs: int) -> None:
+        """So many of the multiply-adds that were counted in a module are those of a linear map."""
+        self._of_shapes[name] = self._of_shapes.get(name, 0) + macs
+        key = (self._network, where)
+        self._explained[key] = self._explained.get(key, 0) + macs
+
+
+class _Heard(Source):
+    """A weight that others read: products with it are heard, other uses make its layer one that is read."""
+
+    def __init__(self, recorder: Recorder, heard: LinearMap, weight: Tensor) -> None:
+        self.recorder, self.heard, self.weight = recorder, heard, weight
+
+    def dense(self) -> Tensor:
+        self.recorder.read.add(self.heard.name)
+        return self.weight
+
+    def multiply(self, x: Tensor, rows: tuple[Any, ...], transposed: bool, product: Callable[..., Tensor]) -> Any:
+        if self.heard.layer.kind != "linear" or not self.heard.adapter.shows_weight:
+            return None
+        part = self.weight
+        for index in rows:
+            part = part[index]
+        y = product(x, part.mT if transposed else part)
+        is_layer = self.heard.is_layer and not self.heard.layer.groups > 1
+        self.recorder.hear_product(self.heard, x, y, is_layer and not rows and not transposed)
+        return y
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+class _Watched(dict[str, Any]):
+    """A module's parameters, some of which are shown in another way."""
+
+    def __init__(self, parameters: Mapping[str, Any], show: Callable[[str, Tensor], Tensor]) -> None:
+        super().__init__(parameters)
+        self.show = show
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        return self.show(name, value) if isinstance(value, Tensor) else value
+
+
+def _unwatch(layer: nn.Module) -> None:
+    layer._parameters = dict(layer._parameters)
+
+
+def eager() -> AbstractContextManager[None]:
+    """Inside of it, compiled code runs as it was written."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def record(model: nn.Module, example_input: Any, batch_size: int | None = None, training: bool = False) -> Trace:
+    """The trace of a forward pass of a copy in evaluation mode, without gradient.
+
+    With `training`, of a model in training mode another pass is heard in the modes that it is in, in which other layers
+    may run or have their weights read; one that runs in one of both ways is heard in that. Raises what evaluation
+    raised where neither runs, and `ValueError` where it cannot be told how many inputs `example_input` holds.
+    """
+    batch = count_inputs(example_input, batch_size)
+    traces, problems = [], []
+    read: set[str] = set()
+    for own in (False, True) if training and model.training else (False,):
+        try:
+            traces.append(_record(model, example_input, batch, own, read))
+        except Exception as error:  # batch norm, for instance, refuses a single input in training
+            problems.append(error)
+    if not traces:
+        raise problems[0]
+    trace = traces[0]
+    for other in traces[1:]:
+        trace.calls = other.calls | trace.calls
+        trace.samples = other.samples | trace.samples
+        trace.networks = other.networks | trace.networks
+        trace.odd = other.odd | trace.odd
+    trace.hear_reads(read)
+    return trace
+
+
+def _record(model: nn.Module, example_input: Any, batch: int, training: bool, read: set[str]) -> Trace:
+    """One pass; adds the layers whose weight others read, whether they run themselves or not."""
+    model = detached_copy(model)
+    recorder = Recorder(model, batch)
+    try:
+        run(model, example_input, training)
+    finally:
+        recorder.close()
+    read |= recorder.read
+    return recorder.stop()
+
+
+def run(model: nn.Module, example_input: Any, training: bool = False) -> Any:
+    """The model on its argument, a tuple of arguments or a `Call`, without changing its modes or the random state; in
+    evaluation mode, or with `training` in the modes that it is in."""
+    modes, call = {module: module.training for module in model.modules()}, Call.of(example_input)
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            return (model if training else model.eval())(*call.args, **call.kwargs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
