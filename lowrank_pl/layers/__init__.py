@@ -1,5 +1,6 @@
 """Deployed layers: ordinary ones built from a `LayerSpec`, and those that plain `nn` cannot express."""
 
+from lowrank_pl.layers.attention import SplitAttention, attention_inputs
 from lowrank_pl.layers.chain import FactorChain
 from lowrank_pl.layers.constant import ConstantLayer
 from lowrank_pl.layers.grouped_linear import GroupedLinear
@@ -14,9 +15,11 @@ __all__ = [
     "GroupedLinear",
     "LazyWeight",
     "Run",
+    "SplitAttention",
     "TiledLayer",
     "as_operator",
     "as_stored",
+    "attention_inputs",
     "build",
     "factor_shapes",
     "lowered",
