@@ -6,6 +6,7 @@ from lowrank_pl.layers.constant import ConstantLayer
 from lowrank_pl.layers.grouped_linear import GroupedLinear
 from lowrank_pl.layers.lazy_weight import LazyWeight
 from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, spec_of
+from lowrank_pl.layers.recurrent import SplitRecurrent, recurrent_inputs
 from lowrank_pl.layers.tiled import Run, TiledLayer, factor_shapes, lowered, tile_regions, tile_side, weight_of_tiles
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "LazyWeight",
     "Run",
     "SplitAttention",
+    "SplitRecurrent",
     "TiledLayer",
     "as_operator",
     "as_stored",
@@ -23,6 +25,7 @@ __all__ = [
     "build",
     "factor_shapes",
     "lowered",
+    "recurrent_inputs",
     "spec_of",
     "tile_regions",
     "tile_side",

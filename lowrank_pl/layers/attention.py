@@ -22,8 +22,6 @@ class SplitAttention(nn.Module):
     Takes and gives what `like` does, whose settings, `bias_k` and `bias_v` it copies.
     """
 
-    __jit_unused_properties__ = ("in_proj_bias", "in_proj_weight")
-
     bias_k: nn.Parameter | None
     bias_v: nn.Parameter | None
     # for nn.TransformerEncoderLayer, whose fast path multiplies by the weights itself
@@ -95,8 +93,8 @@ class SplitAttention(nn.Module):
         mask = None if is_causal else self._mask(key_padding_mask, attn_mask, query.dtype)
         q, k, v = self._batch(self.q_proj(query)), self._batch(self.k_proj(key)), self._batch(self.v_proj(value))
         if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.expand(len(k), 1, -1)], dim=1)
-            v = torch.cat([v, self.bias_v.expand(len(v), 1, -1)], dim=1)
+            k = torch.cat([k, self.bias_k.expand(k.shape[0], 1, -1)], dim=1)
+            v = torch.cat([v, self.bias_v.expand(v.shape[0], 1, -1)], dim=1)
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         if mask is not None:  # what was added is for everybody

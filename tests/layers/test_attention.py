@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_pl.layers import GroupedLinear, SplitAttention, attention_inputs
+from lowrank_pl.layers import GroupedLinear, LazyWeight, SplitAttention, attention_inputs
 
 N, L, S, E, HEADS = 3, 5, 7, 8, 2
 SETTINGS = {
@@ -196,6 +196,8 @@ def test_attributes(setting):
             assert actual.shape == expected.shape
             assert actual.dtype == expected.dtype
             assert torch.equal(actual.clone(), expected)
+    assert not split._qkv_same_embed_dim  # PyTorch's encoder layer would multiply by the weights itself
+    assert split.in_proj_weight is None or isinstance(split.in_proj_weight, LazyWeight)
     assert sum(p.numel() for p in split.parameters()) == sum(p.numel() for p in attention.parameters())
 
 
@@ -332,9 +334,10 @@ class Self(nn.Module):
         return y if weights is None else (y, weights)
 
 
+@pytest.mark.parametrize("added", [True, False])
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_exported_traced_compiled_copied(need_weights):
-    _, split = pair(batch_first=True)
+def test_exported_traced_compiled_copied(need_weights, added):
+    _, split = pair(batch_first=True, add_bias_kv=added, add_zero_attn=added)
     module = Self(split, need_weights).eval()
     x, hidden = torch.randn(N, S, E, dtype=torch.float64), padding("bool")
     more, hidden_more = torch.cat([x, x])[:, 1:], torch.cat([hidden, hidden])[:, 1:]
