@@ -151,7 +151,8 @@ def summarize(
         if not isinstance(network, nn.Module):
             raise TypeError(f"Expected argument `{argument}` to be a module but got {network!r:.100}")
     named = [{clean_name(name) for name, _ in network.named_modules()} for network in (dense, compressed)]
-    missing = named[0] - named[1]
+    replaced = tuple(f"{name}." for name in getattr(compressed, RECORD, {"layers": {}})["layers"])
+    missing = {name for name in named[0] - named[1] if not name.startswith(replaced)}
     if missing:
         raise ValueError(
             f"Expected argument `compressed` to be a copy of `dense`, made by compress() or ExtractStructure, but it "

@@ -25,7 +25,8 @@ class Targets:
     `types` holds class names such as `"Conv2d"`. `skip_first` leaves out the first convolution that runs, `skip_last`
     the last linear layer that runs, `min_channels` convolutions with fewer input channels. Where `training_step` calls
     several networks, each with data and not with what another has computed (a student and its teacher, a generator and
-    a discriminator), each has a first and a last one. The DeepTwist paper leaves out the first convolution, and in
+    a discriminator), each has a first and a last one. Embeddings take part with `embeddings`, and with them the heads
+    that are tied to them. The DeepTwist paper leaves out the first convolution, and in
     VGG19 and ResNet-34 `min_channels=128`.
     """
 
@@ -35,6 +36,7 @@ class Targets:
     skip_first: bool = True
     skip_last: bool = True
     min_channels: int = 0
+    embeddings: bool = False
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude", "types"):
@@ -62,6 +64,8 @@ class Targets:
                 reasons[name] = "not among the targets"
             elif self.types is not None and not set(self.types) & set(each.kinds):
                 reasons[name] = f"not of type {' or '.join(self.types)}"
+            elif "Embedding" in each.kinds and not self.embeddings:
+                reasons[name] = "an embedding: Targets(embeddings=True) takes it"
             elif name in ends:
                 reasons[name] = ends[name]
             elif width < self.min_channels:

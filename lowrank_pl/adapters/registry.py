@@ -6,16 +6,20 @@ from collections import Counter
 
 from torch import nn
 
+from lowrank_pl.adapters.attention import Attention
 from lowrank_pl.adapters.base import Adapter, LinearMap
 from lowrank_pl.adapters.computed import Computed
 from lowrank_pl.adapters.conv1d import Conv1D
 from lowrank_pl.adapters.embedding import Embedding
 from lowrank_pl.adapters.ordinary import Ordinary
 from lowrank_pl.adapters.parameters import Parameters
+from lowrank_pl.adapters.recurrent import Recurrent
 from lowrank_pl.layers import DEPLOYED
 from lowrank_pl.names import clean_name
 
-_adapters: list[Adapter] = [Conv1D(), Computed(), Ordinary(), Embedding(), Parameters()]
+_adapters: list[Adapter] = [
+    Attention(), Recurrent(), Conv1D(), Computed(), Ordinary(), Embedding(), Parameters()
+]  # fmt: skip
 
 
 def register_adapter(adapter: Adapter) -> None:

@@ -1,11 +1,13 @@
 """Deployed layers: ordinary ones built from a `LayerSpec`, and those that plain `nn` cannot express."""
 
+from lowrank_pl.layers.attention import SplitAttention, attention_inputs
 from lowrank_pl.layers.chain import FactorChain
 from lowrank_pl.layers.constant import ConstantLayer
 from lowrank_pl.layers.factored import FactoredEmbedding, FactoredParameter, with_bias
 from lowrank_pl.layers.grouped_linear import GroupedLinear
 from lowrank_pl.layers.lazy_weight import Factors, LazyWeight, Made, Source
 from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, spec_of
+from lowrank_pl.layers.recurrent import SplitRecurrent, matrix_names, recurrent_inputs
 from lowrank_pl.layers.tiled import Run, TiledLayer, factor_shapes, lowered, tile_regions, tile_side, weight_of_tiles
 
 # what compression puts into a network
@@ -24,12 +26,17 @@ __all__ = [
     "Made",
     "Run",
     "Source",
+    "SplitAttention",
+    "SplitRecurrent",
     "TiledLayer",
     "as_operator",
     "as_stored",
+    "attention_inputs",
     "build",
     "factor_shapes",
     "lowered",
+    "matrix_names",
+    "recurrent_inputs",
     "spec_of",
     "tile_regions",
     "tile_side",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -71,3 +72,21 @@ def as_operator(weight: Tensor, spec: LayerSpec) -> Tensor:
 def as_stored(operator: Tensor, spec: LayerSpec) -> Tensor:
     """The inverse of `as_operator`."""
     return as_operator(operator, spec)  # swapping two axes within each group undoes itself
+
+
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer with copies of a weight and a bias, which learn if these do, on whatever device they are."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")  # draws no numbers
+    layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    return layer
+
+
+def with_missing(
+    projections: Mapping[str, nn.Module], dense: Mapping[str, tuple[Tensor, Tensor | None]]
+) -> dict[str, nn.Module]:
+    """The given modules, and for the other names of `dense` linear layers with copies of its weights and biases."""
+    if unknown := projections.keys() - dense.keys():
+        raise ValueError(f"Expected `projections` to name some of {sorted(dense)} but got {sorted(unknown)}")
+    return {name: projections[name] if name in projections else linear_of(*each) for name, each in dense.items()}

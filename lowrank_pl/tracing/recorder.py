@@ -6,8 +6,8 @@ import sys
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from inspect import ismethod
 from typing import Any
@@ -74,6 +74,7 @@ class Recorder:
         self._counted: dict[tuple[str, str], int] = {}
         self._counting = ExitStack()
         self._stack.enter_context(eager())
+        self._stack.enter_context(_slow_paths())
         owners: dict[nn.Module, dict[str, LinearMap]] = {}
         for each in find_maps(model).values():
             owners.setdefault(each.module, {})[each.key] = each
@@ -278,6 +279,17 @@ class _Watched(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
         return self.show(name, value) if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _slow_paths() -> Iterator[None]:
+    """PyTorch's fused operations for whole layers of transformers call none of their modules."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _unwatch(layer: nn.Module) -> None:

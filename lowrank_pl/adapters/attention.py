@@ -1,0 +1,70 @@
+"""Multi-head attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from lowrank_pl.adapters.base import Adapter
+from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers import SplitAttention, attention_inputs
+
+_PLACES = {"q_proj": 0, "k_proj": 1, "v_proj": 2}  # of the thirds of `in_proj_weight`
+
+
+@final
+class Attention(Adapter):
+    """`nn.MultiheadAttention`: the projections of queries, keys and values, packed or not, and that of the outputs, one
+    map each. A rank per head is what `BlockSVD(blocks=heads)` gives."""
+
+    def maps(self, module: nn.Module) -> dict[str, LayerSpec]:
+        if not isinstance(module, nn.MultiheadAttention) or type(module).forward is not nn.MultiheadAttention.forward:
+            return {}
+        e = module.embed_dim
+        sizes = {"q_proj": e, "k_proj": module.kdim, "v_proj": module.vdim, "out_proj": e}
+        return {key: LayerSpec("linear", size, e) for key, size in sizes.items()}
+
+    def read(self, module: nn.Module, key: str) -> Tensor:
+        (parameter,) = self.parameters(module, key)
+        if key not in _PLACES or parameter.shape[0] == parameter.shape[1]:
+            return parameter
+        weight: Tensor = parameter.chunk(3)[_PLACES[key]]
+        return weight
+
+    def write_(self, module: nn.Module, key: str, weight: Tensor) -> None:
+        self.read(module, key).detach().copy_(weight)
+
+    def parameters(self, module: nn.Module, key: str) -> tuple[Tensor, ...]:
+        own: Any = module
+        if key == "out_proj":
+            return (own.out_proj.weight,)
+        return (own.in_proj_weight if own._qkv_same_embed_dim else getattr(own, f"{key}_weight"),)
+
+    def bias(self, module: nn.Module, key: str) -> Tensor | None:
+        own: Any = module
+        if key == "out_proj":
+            bias: Tensor | None = own.out_proj.bias
+            return bias
+        return None if own.in_proj_bias is None else own.in_proj_bias.chunk(3)[_PLACES[key]]
+
+    def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        assert isinstance(module, nn.MultiheadAttention)
+        return attention_inputs(module, args, kwargs)
+
+    def inside(self, module: nn.Module) -> Sequence[nn.Module]:
+        assert isinstance(module, nn.MultiheadAttention)
+        return (module.out_proj,)
+
+    def obstacle(self, module: nn.Module, key: str) -> str | None:
+        own: Any = module
+        names = [name for name, p in own.named_parameters() if isinstance(p, nn.Parameter)]
+        needed = ["out_proj.weight", "in_proj_weight" if own._qkv_same_embed_dim else f"{key}_weight"]
+        if (key != "out_proj" and needed[-1] not in names) or "out_proj.weight" not in names:
+            return "its weight is parametrized"
+        return None
+
+    def deploy(self, module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
+        assert isinstance(module, nn.MultiheadAttention)
+        return SplitAttention.of(module, parts)
