@@ -120,7 +120,7 @@ class SplitAttention(nn.Module):
         """`[N or 1, heads or 1, L or 1, S]`, to be added to the scores, from `[N, S]` or `[S]` and `[L, S]` or
         `[N heads, L, S]`."""
         if padding is not None:
-            padding = _additive(padding, dtype).view(-1, 1, 1, padding.shape[-1])
+            padding = _additive(padding, dtype)[..., None, None, :]
         if mask is None:
             return padding
         mask = _additive(mask, dtype)
@@ -133,7 +133,7 @@ class SplitAttention(nn.Module):
         padded, lengths = x.to_padded_tensor(0.0), [len(sequence) for sequence in x.unbind()]
         positions = torch.arange(padded.shape[1], device=x.device)
         padding = torch.stack([positions >= length for length in lengths])
-        y, weights = self(padded, padded, padded, padding, need_weights, average_attn_weights=average)
+        y, weights = self.forward(padded, padded, padded, padding, need_weights, average_attn_weights=average)
         return torch.nested.as_nested_tensor([row[:n] for row, n in zip(y, lengths, strict=True)]), weights
 
     def extra_repr(self) -> str:
