@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers; below the same by name
+    from lowrank_pl.adapters import Adapter, LinearMap, ReshapedParameters, register_adapter
     from lowrank_pl.callbacks import DeepTwist, ExtractStructure, LearningCompression, LStep, MuSchedule
     from lowrank_pl.costs import Latency, Macs, Params
     from lowrank_pl.decompositions import SVD, BlockSVD, Cheapest, FirstOf, SpatialSVD, TiledSVD, Tucker2
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
     from lowrank_pl.tracing import Call
 
 _HOMES = {
+    "lowrank_pl.adapters": ("Adapter", "LinearMap", "ReshapedParameters", "register_adapter"),
     "lowrank_pl.callbacks": ("DeepTwist", "ExtractStructure", "LearningCompression", "LStep", "MuSchedule"),
     "lowrank_pl.planning": ("make_plan",),
     "lowrank_pl.extraction": ("compress",),
@@ -56,6 +58,7 @@ __version__ = "0.2.0"
 __all__ = [
     "EVBMF",
     "SVD",
+    "Adapter",
     "BlockSVD",
     "Call",
     "Cheapest",
@@ -71,12 +74,14 @@ __all__ = [
     "LStep",
     "Latency",
     "LearningCompression",
+    "LinearMap",
     "Macs",
     "MuSchedule",
     "MultipleOf",
     "Params",
     "RankFraction",
     "Report",
+    "ReshapedParameters",
     "SpatialSVD",
     "Targets",
     "TiledSVD",
@@ -85,6 +90,7 @@ __all__ = [
     "compress",
     "load_compressed",
     "make_plan",
+    "register_adapter",
     "save_compressed",
     "summarize",
 ]

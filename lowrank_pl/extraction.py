@@ -20,7 +20,7 @@ from lowrank_pl.names import clean_name, under
 from lowrank_pl.planning import MethodChoice, RankChoice, make_plan
 from lowrank_pl.ranks import CostBudget, GreedyEnergy
 from lowrank_pl.structures import Dense, Structure
-from lowrank_pl.surgery import deploy, detached_copy
+from lowrank_pl.surgery import deploy, detached_copy, heads_of
 from lowrank_pl.targets import Targets
 from lowrank_pl.timing import median_ms
 from lowrank_pl.tracing import Trace, count_inputs, eager, record, run
@@ -120,6 +120,8 @@ def extract(
         notes[name] = "; ".join(filter(None, [notes.get(name, ""), layout.note]))
         parts[name] = modules[fastest]
         entries[name] = {"structure": layout.to_dict(), "replaces": c.layer.to_dict()}
+        for head in heads_of(maps, name):
+            entries[head], notes[head] = {**entries[name], "tied": name}, f"the weight of {name}"
     if not entries:
         warnings.warn("No layer was compressed: all of them stay dense. See the table of reasons.", stacklevel=2)
     extracted = deploy(extracted, parts)

@@ -244,12 +244,12 @@ def _layer_sizes(
 ) -> tuple[Size, Size]:
     """A layer and what replaces it, for one input of the network: all its calls, tokens and windows count."""
     inputs = layout.layer.inputs
+    first, second = Size(num_parameters(pair[0]), layout.layer.macs), Size(num_parameters(pair[1]), layout.macs)
     if not inputs or name not in trace.samples:
-        return Size(num_parameters(pair[0])), Size(num_parameters(pair[1]))
+        return first, second
     sample = trace.samples[name]
     batch_of = lambda size: with_inputs(Call((sample,)), len(sample), size * inputs[0][0])  # noqa: E731
     times = watch.times([_trial(module) for module in pair], batch_of, sample.device)
-    first, second = Size(num_parameters(pair[0]), layout.layer.macs), Size(num_parameters(pair[1]), layout.macs)
     return replace(first, latency_ms=times[0]), replace(second, latency_ms=times[1])
 
 

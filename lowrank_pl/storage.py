@@ -69,13 +69,14 @@ def load_compressed(model: nn.Module, dirpath: str | Path) -> nn.Module:
     skeleton = _rebuild(model, structure["layers"], folder)
     tensors = _read_tensors(folder / "model.safetensors", _state(skeleton))
     with torch.no_grad():
-        for name, target in _state(skeleton).items():
-            if target.is_meta:
-                parent, _, leaf = name.rpartition(".")
-                parameter = nn.Parameter(tensors[name])
-                setattr(skeleton.get_submodule(parent), leaf, parameter)
-            else:
+        state = _state(skeleton)
+        fresh = {id(target): nn.Parameter(tensors[name]) for name, target in state.items() if target.is_meta}
+        for name, target in state.items():
+            if not target.is_meta:
                 target.copy_(tensors[name])
+    for module in skeleton.modules():  # tied ones stay tied
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = fresh.get(id(parameter), parameter)
     setattr(skeleton, RECORD, {"layers": structure["layers"], "notes": structure["notes"]})
     return skeleton
 
@@ -142,6 +143,8 @@ def _rebuild(model: nn.Module, entries: dict[str, Any], folder: Path) -> nn.Modu
     maps = find_maps(skeleton)
     parts = {}
     for name, entry in entries.items():
+        if isinstance(entry, dict) and "tied" in entry:  # comes with what it is tied to
+            continue
         if not isinstance(entry, dict) or not {"structure", "replaces"} <= set(entry):
             raise ValueError(f"Layer {name!r} in {folder / 'structure.json'} is altered. Save the network again")
         if name not in maps or entry["replaces"] != maps[name].layer.to_dict():
@@ -154,7 +157,7 @@ def _rebuild(model: nn.Module, entries: dict[str, Any], folder: Path) -> nn.Modu
             layout = layout_from_dict(entry["structure"], maps[name].layer)
             _check_stages(name, layout, folder)
             module = layout.build(maps[name].bias is not None)
-            parts[name] = module.to(maps[name].parameters[0].dtype)
+            parts[name] = module.to(maps[name].read().dtype)
     return deploy(skeleton, parts).train(model.training)
 
 

@@ -9,8 +9,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank_pl.adapters import find_maps
+from lowrank_pl.adapters import LinearMap, find_maps
+from lowrank_pl.layers import tied
 from lowrank_pl.names import clean_name
+
+
+def heads_of(maps: Mapping[str, LinearMap], name: str) -> list[str]:
+    """The layers that have the weight of an embedding: what is done to that is done to them."""
+    weight = maps[name].parameters[0]
+    if not isinstance(maps[name].module, nn.Embedding):
+        return []
+    return [head for head, each in maps.items() if head != name and each.parameters[0] is weight]
 
 
 def deploy(model: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
@@ -20,7 +29,10 @@ def deploy(model: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
     for name, part in parts.items():
         by_owner.setdefault(maps[name].module, {})[maps[name].key] = part
     adapters = {each.module: each.adapter for each in maps.values()}
-    new = {owner: adapters[owner].deploy(owner, own) for owner, own in by_owner.items()}
+    copies = {
+        maps[head].module: tied(part, maps[head].bias) for name, part in parts.items() for head in heads_of(maps, name)
+    }
+    new = copies | {owner: adapters[owner].deploy(owner, own) for owner, own in by_owner.items()}
     return replace_layers(model, {owner: module for owner, module in new.items() if module is not owner})
 
 

@@ -18,7 +18,7 @@ from lowrank_pl import FixedRank, make_plan
 from lowrank_pl.adapters import find_maps, obstacles
 from lowrank_pl.names import clean_name
 from lowrank_pl.surgery import detached_copy, num_parameters, replace_layers
-from lowrank_pl.tracing import Recorder, Trace, record
+from lowrank_pl.tracing import Recorder, Trace, record, run
 
 
 class Twice(nn.Module):
@@ -138,12 +138,18 @@ def test_checkpointed_layers_are_counted_once():
     assert trace.inputs("first") == trace.inputs("second") == ((1,),)
 
 
-def test_layers_that_swin_never_calls():
+def test_layers_that_swin_never_calls_are_heard_by_their_weights():
     model = torchvision.models.swin_t(weights=None).eval()
     trace = record(model, torch.randn(1, 3, 64, 64))
-    silent = [name for name in find_maps(model) if name not in trace.calls]
+    called = []
+    for name, each in find_maps(model).items():
+        each.module.register_forward_hook(lambda *_, name=name: called.append(name))
+    run(model, torch.randn(1, 3, 64, 64))
+    silent = [name for name in trace.calls if name not in called]
     assert silent
     assert all(name.endswith((".qkv", ".proj")) for name in silent)
+    tables = {name for name in find_maps(model) if name not in trace.calls}
+    assert all(name.endswith("relative_position_bias_table") for name in tables)
 
 
 def test_a_compiled_model_is_heard_and_runs_compiled_again():

@@ -28,7 +28,7 @@ class Attention(Adapter):
 
     def read(self, module: nn.Module, key: str) -> Tensor:
         (parameter,) = self.parameters(module, key)
-        if key not in _PLACES or parameter.shape[0] == parameter.shape[1]:
+        if key not in _PLACES or not module._qkv_same_embed_dim:
             return parameter
         weight: Tensor = parameter.chunk(3)[_PLACES[key]]
         return weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -61,6 +61,9 @@ class Computed(OneMap):
 
     def parameters(self, module: nn.Module, key: str) -> tuple[Tensor, ...]:
         return tuple(_own(module))
+
+    def inside(self, module: nn.Module) -> Sequence[nn.Module]:
+        return list(module.children())
 
     def obstacle(self, module: nn.Module, key: str) -> str | None:
         if any(p.is_complex() for p in module.parameters()):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -58,4 +60,65 @@ class Parameters(Adapter):
         for key, part in parts.items():
             parameter: Any = module._parameters.pop(key)
             module._modules[key] = FactoredParameter(part, tuple(parameter.shape))
+        return module
+
+
+@final
+@dataclass(frozen=True)
+class ReshapedParameters(Adapter):
+    """Parameters of the modules of one class, each as one matrix: its first axes, as many as `rows` says, by the
+    others. For code that uses them otherwise than in plain products, in `einsum` say, of which only the author knows
+    which axes are inputs and which are outputs. Complex ones are matrices of real and imaginary parts side by side.
+
+    They are made whole where they are read: what is stored becomes less, multiply-adds do not.
+
+        register_adapter(ReshapedParameters(XLNetRelativeAttention, {"q": 1, "k": 1, "v": 1, "o": 1}))
+    """
+
+    kind: type[nn.Module]
+    rows: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.kind, type) and issubclass(self.kind, nn.Module)):
+            raise TypeError(f"Expected argument `kind` to be a class of modules but got {self.kind!r}")
+        if not all(type(n) is int and n > 0 for n in self.rows.values()):
+            raise ValueError(
+                f"Expected argument `rows` to hold numbers of leading axes, from 1 on, but got {self.rows}"
+            )
+
+    def maps(self, module: nn.Module) -> dict[str, LayerSpec]:
+        if not isinstance(module, self.kind):
+            return {}
+        found = {}
+        for name in self.rows:
+            if name not in module._parameters:
+                raise ValueError(
+                    f"Expected argument `rows` to name parameters of {self.kind.__name__} but got {name!r}"
+                )
+            rows, columns = self.read(module, name).shape
+            found[name] = LayerSpec("linear", columns, rows)
+        return found
+
+    def read(self, module: nn.Module, key: str) -> Tensor:
+        parameter: Any = module._parameters[key]
+        real: Tensor = torch.view_as_real(parameter) if parameter.is_complex() else parameter
+        return real.reshape(math.prod(real.shape[: self.rows[key]]), -1)
+
+    def write_(self, module: nn.Module, key: str, weight: Tensor) -> None:
+        parameter: Any = module._parameters[key]
+        real = torch.view_as_real(parameter) if parameter.is_complex() else parameter
+        real.copy_(weight.reshape(real.shape))
+
+    def parameters(self, module: nn.Module, key: str) -> tuple[Tensor, ...]:
+        parameter: Any = module._parameters[key]
+        return (parameter,)
+
+    def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        return {}  # nobody but its code knows
+
+    def deploy(self, module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
+        for key, part in parts.items():
+            parameter: Any = module._parameters.pop(key)
+            shape = tuple(parameter.shape)
+            module._modules[key] = FactoredParameter(part, shape, whole=True, is_complex=parameter.is_complex())
         return module

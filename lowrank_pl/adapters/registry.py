@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from lowrank_pl.adapters.attention import Attention
@@ -20,6 +22,7 @@ from lowrank_pl.names import clean_name
 _adapters: list[Adapter] = [
     Attention(), Recurrent(), Conv1D(), Computed(), Ordinary(), Embedding(), Parameters()
 ]  # fmt: skip
+_added: list[Adapter] = []  # by users
 
 
 def register_adapter(adapter: Adapter) -> None:
@@ -27,6 +30,7 @@ def register_adapter(adapter: Adapter) -> None:
     if not isinstance(adapter, Adapter):
         raise TypeError(f"Expected argument `adapter` to be an Adapter but got {adapter!r:.100}")
     _adapters.insert(0, adapter)
+    _added.append(adapter)
 
 
 def find_maps(model: nn.Module) -> dict[str, LinearMap]:
@@ -53,11 +57,37 @@ def find_maps(model: nn.Module) -> dict[str, LinearMap]:
 def obstacles(model: nn.Module) -> dict[str, str]:
     """The linear maps that can be neither projected nor replaced, whatever the decomposition, and why; in one pass."""
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    found = {}
-    for name, each in find_maps(model).items():
+    found, maps = {}, list(find_maps(model).values())
+    for each in maps:
+        if each.adapter in _added:
+            _check(each)
         reason = each.obstacle()
-        if reason is None and any(owners[id(p)] > 1 for p in each.parameters):
+        if reason is None and any(owners[id(p)] > 1 for p in each.parameters) and not _is_table(each, maps, owners):
             reason = "its weight is tied to another module's"
         if reason is not None:
-            found[name] = reason
+            found[each.name] = reason
     return found
+
+
+def _check(each: LinearMap) -> None:
+    """Raise `ValueError` for an adapter that does not write what it reads; the weight is left as it was."""
+    saved = [p.detach().clone() for p in each.parameters]
+    before = each.read().clone()
+    each.write_(before)
+    wrong = before.shape != each.layer.stored_shape or not torch.allclose(each.read(), before, rtol=1e-3, atol=1e-6)
+    with torch.no_grad():
+        for p, value in zip(each.parameters, saved, strict=True):
+            p.detach().copy_(value)
+    if wrong:
+        raise ValueError(
+            f"Layer {each.name!r}: {type(each.adapter).__name__} reads {list(before.shape)}; expected the shape "
+            f"{list(each.layer.stored_shape)} that its `maps` says, and `write_` to undo `read`"
+        )
+
+
+def _is_table(each: LinearMap, maps: list[LinearMap], owners: Mapping[int, int]) -> bool:
+    """Whether it is an embedding, and all that it is tied to are linear layers, which are deployed together with it."""
+    weight = each.parameters[0]
+    heads = [other for other in maps if other is not each and any(p is weight for p in other.parameters)]
+    plain = all(isinstance(other.adapter, Ordinary) and other.layer.kind == "linear" for other in heads)
+    return isinstance(each.adapter, Embedding) and plain and owners[id(weight)] == 1 + len(heads)

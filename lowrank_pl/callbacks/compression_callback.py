@@ -161,7 +161,7 @@ class CompressionCallback(pl.Callback, ABC):
         self.plan.leave_dense(self._left, "dense before the fit went on from a checkpoint")
         self._joined |= {c.name for c in self.plan.compressions}
         for c in self.plan.compressions:
-            dtype = c.parameters[0].dtype
+            dtype = c.read().dtype
             if dtype not in (torch.float32, torch.float64):
                 raise TypeError(
                     f"Layer {c.name!r}: expected float32 weights but got {dtype}, which rounds "

@@ -3,7 +3,7 @@
 from lowrank_pl.layers.attention import SplitAttention, attention_inputs
 from lowrank_pl.layers.chain import FactorChain
 from lowrank_pl.layers.constant import ConstantLayer
-from lowrank_pl.layers.factored import FactoredEmbedding, FactoredParameter, with_bias
+from lowrank_pl.layers.factored import FactoredEmbedding, FactoredParameter, tied
 from lowrank_pl.layers.grouped_linear import GroupedLinear
 from lowrank_pl.layers.lazy_weight import Factors, LazyWeight, Made, Source
 from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, spec_of
@@ -38,8 +38,8 @@ __all__ = [
     "matrix_names",
     "recurrent_inputs",
     "spec_of",
+    "tied",
     "tile_regions",
     "tile_side",
     "weight_of_tiles",
-    "with_bias",
 ]

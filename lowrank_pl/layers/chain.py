@@ -14,6 +14,9 @@ class _Layout(Protocol):
     @property
     def layer(self) -> LayerSpec: ...
 
+    @property
+    def stages(self) -> tuple[LayerSpec, ...]: ...
+
     def weight(self, tensors: tuple[Tensor, ...]) -> Tensor: ...
 
     def tensors(self, module: nn.Module) -> tuple[Tensor, ...]: ...
@@ -38,9 +41,15 @@ class FactorChain(nn.Sequential):
         assert isinstance(factor, Tensor)
         shape = self.layout.layer.stored_shape
         source: Source = Made(lambda: self.layout.weight(self.layout.tensors(self)))
-        if len(self) == 2 and len(shape) == 2 and self.layout.layer.groups == 1:
+        if self.is_pair and self.layout.layer.groups == 1:
             source = Factors(self.get_parameter("1.weight"), self.get_parameter("0.weight"), source.dense)
         return weight_of_factors(factor, shape, source)
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether the weight is the product of two matrices, or, in groups, of as many pairs of them."""
+        layer, stages = self.layout.layer, self.layout.stages
+        return layer.kind == "linear" and len(stages) == 2 and {stage.groups for stage in stages} == {layer.groups}
 
     @property
     def bias(self) -> nn.Parameter | None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lowrank_pl.layers.chain import FactorChain
-from lowrank_pl.layers.grouped_linear import GroupedLinear
 from lowrank_pl.layers.lazy_weight import Factors, LazyWeight, Made, weight_of_factors
 
 
@@ -19,12 +18,15 @@ class FactoredParameter(nn.Module):
     """Stands where a module had a Parameter of this shape, and is to its code what the parameter was: a tensor, whose
     products with others go through the factors and which is made whole only where something else wants it.
 
-    `factors` is a `FactorChain` or `TiledLayer` of a linear layer, with a group for each matrix of the parameter.
+    `factors` is a `FactorChain` or `TiledLayer` of a linear layer, with a group for each matrix of the parameter. With
+    `whole` the parameter is another reshaping of their weight, complex ones from pairs of numbers, and is always made.
     """
 
-    def __init__(self, factors: nn.Module, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, factors: nn.Module, shape: tuple[int, ...], whole: bool = False, is_complex: bool = False
+    ) -> None:
         super().__init__()
-        self.factors, self._shape = factors, shape
+        self.factors, self._shape, self._whole, self._complex = factors, shape, whole, is_complex
 
     def tensor(self) -> Tensor:
         """The parameter, as a `LazyWeight`."""
@@ -33,15 +35,16 @@ class FactoredParameter(nn.Module):
 
         def make() -> Tensor:
             weight = factors.weight
-            whole: Tensor = weight.make() if isinstance(weight, LazyWeight) else weight
-            return whole.reshape(self._shape)
+            dense: Tensor = weight.make() if isinstance(weight, LazyWeight) else weight
+            dense = dense.reshape(*self._shape, 2) if self._complex else dense.reshape(self._shape)
+            return torch.view_as_complex(dense) if self._complex else dense
 
-        is_pair = isinstance(factors, FactorChain) and len(factors) == 2
-        if not is_pair or not all(isinstance(link, (nn.Linear, GroupedLinear)) for link in factors):
+        like = torch.view_as_complex(like.new_empty(2)) if self._complex else like
+        if self._whole or not isinstance(factors, FactorChain) or not factors.is_pair:
             return weight_of_factors(like, self._shape, Made(make))
-        batch = self._shape[:-2]
-        left = factors[1].weight.reshape(*batch, self._shape[-2], -1)
-        right = factors[0].weight.reshape(*batch, -1, self._shape[-1])
+        right, left = (link.get_parameter("weight") for link in factors)
+        right = right.reshape(*self._shape[:-2], -1, self._shape[-1])  # type: ignore[assignment]
+        left = left.reshape(*self._shape[:-1], -1)  # type: ignore[assignment]
         return weight_of_factors(like, self._shape, Factors(left, right, make))
 
     @classmethod
@@ -121,15 +124,14 @@ class FactoredEmbedding(nn.Module):
         return F.embedding(input, self.weight)
 
 
-def with_bias(layer: nn.Module, bias: Tensor | None) -> nn.Module:
-    """The same layer on the same parameters, with a bias of its own: for what is tied to another."""
-    if bias is None:
-        return layer
+def tied(layer: nn.Module, bias: Tensor | None) -> nn.Module:
+    """Another layer on the same parameters, but for its bias."""
     other = copy.copy(layer)
     if isinstance(other, FactorChain):
         other._modules = {**other._modules}
         last = next(reversed(other._modules))
-        other._modules[last] = with_bias(other[-1], bias)
-        return other
-    other._parameters = {**other._parameters, "bias": nn.Parameter(bias.detach().clone())}
+        other._modules[last] = tied(other[-1], bias)
+    elif bias is not None:
+        vars(other).pop("bias", None)  # a layer without one may say so as a plain attribute
+        other._parameters = {**other._parameters, "bias": nn.Parameter(bias.detach().clone())}
     return other

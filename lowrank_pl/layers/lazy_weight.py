@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def _part(func: Any, args: Any, kwargs: Any) -> Any:
 def _flipped(weight: LazyWeight, func: Any, axes: tuple[int, ...]) -> LazyWeight | None:
     count = weight.dim()
     last_two = {axis % count for axis in axes} == {count - 1, count - 2}
-    turns = last_two if func in _TURNS else count == 2 or func is _MT
+    turns = last_two if func in _TURNS else count == 2 or func == _MT
     shape = (*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
     return LazyWeight.of(_like(weight, shape), weight.source, weight.rows, not weight.flipped) if turns else None
 
@@ -148,7 +149,7 @@ def _product(func: Any, args: Any, kwargs: Any) -> Any:
         y = _multiply(args[2], args[1], args[2].flipped, _matmul)
         y = None if y is None else args[0] + y
     elif func in _GROUPED and _is_lazy(*args[:2]) == [False, True] and args[1].dim() == 3:
-        y = _multiply(args[1], args[0], args[1].flipped, lambda x, matrix: func(x, matrix.mT, *args[2:], **kwargs))
+        y = _multiply(args[1], args[0], args[1].flipped, partial(_grouped, partial(func, **kwargs), args[2:]))
     elif func in _PRODUCTS and len(args) == 2 and not kwargs:
         x, weight = args[::-1] if func is Tensor.__rmatmul__ else args
         if _is_lazy(x, weight) == [False, True] and x.dim() > 1:
@@ -161,6 +162,14 @@ def _product(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _is_lazy(*args: Any) -> list[bool]:
     return [isinstance(arg, LazyWeight) for arg in args]
+
+
+def _grouped(func: Any, others: tuple[Any, ...], x: Tensor, matrix: Tensor) -> Tensor:
+    """`x matrix^T` by groups of rows; the operation wants rows of whole 16 bytes, which ranks need not be."""
+    unit = 16 // x.element_size()
+    columns, outputs = -x.shape[-1] % unit, -matrix.shape[-2] % unit
+    y: Tensor = func(F.pad(x, (0, columns)), F.pad(matrix, (0, columns, 0, outputs)).mT, *others)
+    return y[..., : matrix.shape[-2]]
 
 
 def _matmul(x: Tensor, matrix: Tensor) -> Tensor:

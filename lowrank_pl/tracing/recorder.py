@@ -31,9 +31,15 @@ def _count_lstm(x: Tensor, input_weight: Tensor, hidden_weight: Tensor, *_: Any,
     return 2 * x.shape[:-1].numel() * (input_weight.numel() + hidden_weight.numel())
 
 
-# a fused operation of CPUs, of which PyTorch's counter knows nothing
+def _count_grouped(x: Tensor, matrices: Tensor, *_: Any, **__: Any) -> int:
+    """FLOPs of `grouped_mm`: every row meets one of the matrices `[groups, in, out]`."""
+    return 2 * x.numel() * matrices.shape[-1]
+
+
+# fused operations, of which PyTorch's counter knows nothing
 _count_lstm._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode: tensors, not shapes
-FUSED = {torch.ops.aten.mkldnn_rnn_layer: _count_lstm}
+_count_grouped._get_raw = True  # type: ignore[attr-defined]
+FUSED = {torch.ops.aten.mkldnn_rnn_layer: _count_lstm, torch.ops.aten._grouped_mm: _count_grouped}
 
 
 class _Counter(TorchDispatchMode):
@@ -48,7 +54,8 @@ class _Counter(TorchDispatchMode):
         out = func(*args, **kwargs)
         packet = func._overloadpacket
         if packet in FUSED:
-            self.hear(FUSED[packet](*args, **kwargs) // 2)
+            count: Any = FUSED[packet]
+            self.hear(count(*args, **kwargs) // 2)
         elif packet in flop_registry:
             self.hear(flop_registry[packet](*args, **kwargs, out_val=out) // 2)
         return out

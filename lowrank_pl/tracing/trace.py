@@ -40,8 +40,10 @@ class Trace:
     def on(self, name: str, spec: LayerSpec) -> LayerSpec:
         """A layer with its `inputs` and its `share`, as it ran on average for one input of the network."""
         sizes = self.calls.get(name)
-        if not sizes:
+        if sizes is None:
             return spec
+        if not sizes:  # it has run, but is not multiplied by, or nobody knows how
+            return spec.with_(inputs=((0,) * (len(spec.kernel) + 1),))
         inputs = tuple((math.ceil(n / self.batch), *size) for size, n in sizes.items())
         average = sum(n * math.prod(size) for size, n in sizes.items()) / self.batch
         return spec.with_(inputs=inputs, share=average / sum(math.prod(each) for each in inputs))

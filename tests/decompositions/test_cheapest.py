@@ -9,6 +9,7 @@ from cases import DECOMPOSITIONS, LAYERS, make_layer, some_ranks, supports
 from torch import nn
 
 from lowrank_pl import Cheapest, CostBudget, CostPenalty, FixedRank, Targets, compress, load_compressed, save_compressed
+from lowrank_pl.adapters import find_maps
 from lowrank_pl.compression import Compression
 from lowrank_pl.costs import Params
 from lowrank_pl.decompositions import (
@@ -131,7 +132,9 @@ def test_all_ranks_of_all_candidates_are_weighed(layer):
 
 
 def compression(layer, method):
-    return Compression("layer", layer, spec_of(layer), method, CostPenalty(1.0, "params"))
+    return Compression(
+        find_maps(nn.ModuleDict({"layer": layer}))["layer"], spec_of(layer), method, CostPenalty(1.0, "params")
+    )
 
 
 # layer, method, and its choices as checkpoints have always held them

@@ -1,0 +1,500 @@
+"""Every kind of weight that is no plain layer: found, read, written, counted, trained, deployed, loaded again."""
+
+import copy
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from nets import quiet_trainer
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, weight_norm
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowrank_pl import (
+    SVD,
+    Adapter,
+    BlockSVD,
+    CostBudget,
+    DeepTwist,
+    ExtractStructure,
+    FixedRank,
+    LearningCompression,
+    ReshapedParameters,
+    Targets,
+    TiledSVD,
+    compress,
+    load_compressed,
+    make_plan,
+    save_compressed,
+    summarize,
+)
+from lowrank_pl.adapters import find_maps, obstacles, registry
+from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers import FactoredParameter, SplitAttention, SplitRecurrent
+from lowrank_pl.tracing import FUSED, record
+
+ALL = Targets(skip_first=False, skip_last=False, embeddings=True)
+
+
+class Conv1D(nn.Module):
+    """As in Hugging Face's GPT-2."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / nx**0.5), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class Standardized(nn.Conv2d):
+    """As timm's StdConv2d."""
+
+    def forward(self, x):
+        weight = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(weight, None, None, training=True, momentum=0.0, eps=1e-6).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Symmetric(nn.Module):
+    def forward(self, w):
+        return w.triu() + w.triu(1).mT
+
+    def right_inverse(self, w):
+        return w.triu()
+
+
+class Experts(nn.Module):
+    """A router, and experts that are read one by one, all at once, and as rows of a matrix."""
+
+    def __init__(self, size=8):
+        super().__init__()
+        self.router = nn.Parameter(torch.randn(4, size))
+        self.up = nn.Parameter(torch.randn(4, 12, size) / 3)
+        self.down = nn.Parameter(torch.randn(4, 12, size) / 3)
+        self.heads = nn.Parameter(torch.randn(6, size))
+        self.position = nn.Parameter(torch.randn(1, 5, size))
+
+    def forward(self, x):
+        x = x + self.position
+        share = F.linear(x, weight=self.router).softmax(-1)
+        inner = [F.linear(x, self.up[i]) for i in range(4)]
+        outer = torch.bmm(torch.stack([torch.relu(y).flatten(0, 1) for y in inner]), self.down)
+        x = x + torch.einsum("btk,kbtc->btc", share, outer.unflatten(1, x.shape[:2]))
+        first, second = self.heads.chunk(2)
+        return torch.cat([x @ first.T, (second @ x.mT).mT], -1)
+
+
+class Shared(nn.Module):
+    """Weights of layers that others multiply by, as in torchvision's Swin and timm's EVA-02."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = F.linear(x, self.qkv.weight, self.qkv.bias).chunk(3, -1)
+        return F.linear((q @ k.mT).softmax(-1) @ v, weight=self.out.weight, bias=self.out.bias)
+
+
+class Tied(nn.Module):
+    def __init__(self, bias):
+        super().__init__()
+        self.table, self.inner, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=bias)
+        self.head.weight = self.table.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.inner(self.table(x))))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.rnn = kind(8, 10, 2, batch_first=True, bidirectional=True, **options)
+        self.head = nn.Linear(2 * options.get("proj_size", 10), 4)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0])
+
+
+class Attention(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+        self.head = nn.Linear(8, 4)
+        self.memory = options.get("kdim", 8)
+
+    def forward(self, x):
+        memory = x[:, :3].repeat(1, 1, 2)[..., : self.memory]
+        return self.head(self.attention(x, memory, memory)[0])
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(8, 4))
+
+
+TOKENS, IMAGES = (5, 8), (6, 7, 7)
+spectral, normed = parametrizations.spectral_norm, parametrizations.weight_norm
+
+# name: how it is made, the shape of one input (a number: so many tokens), the maps that take part
+CASES = {
+    "conv1d": (lambda: nn.Sequential(Conv1D(12, 8), nn.Tanh(), Conv1D(6, 12)), TOKENS, ["0", "2"]),
+    "standardized": (lambda: nn.Sequential(Standardized(6, 8, 3), nn.Tanh(), Standardized(8, 9, 3, stride=2)),
+                     IMAGES, ["0", "2"]),
+    "weight_norm": (lambda: nn.Sequential(normed(nn.Conv2d(6, 8, 3)), nn.Tanh(), normed(nn.Linear(5, 4), dim=1)),
+                    IMAGES, ["0", "2"]),
+    "old_weight_norm": (lambda: nn.Sequential(weight_norm(nn.Conv2d(6, 8, 3)), nn.Tanh(), weight_norm(nn.Linear(5, 4))),
+                        IMAGES, ["0", "2"]),
+    "spectral_norm": (lambda: nn.Sequential(spectral(nn.ConvTranspose2d(6, 8, 3)), spectral(nn.Linear(9, 4))),
+                      IMAGES, ["0", "1"]),
+    "circular": (lambda: nn.Sequential(normed(nn.Conv2d(6, 8, 3, padding=1, padding_mode="circular"))), IMAGES, ["0"]),
+    "experts": (Experts, TOKENS, ["router", "up", "down", "heads"]),
+    "shared": (Shared, TOKENS, ["qkv", "out"]),
+    "tied": (lambda: Tied(False), 5, ["table", "inner"]),
+    "tied_bias": (lambda: Tied(True), 5, ["table", "inner"]),
+    "lstm": (lambda: Recurrent(nn.LSTM), TOKENS, None),
+    "lstm_proj": (lambda: Recurrent(nn.LSTM, proj_size=6), TOKENS, None),
+    "gru": (lambda: Recurrent(nn.GRU), TOKENS, None),
+    "rnn": (lambda: Recurrent(nn.RNN, bias=False), TOKENS, None),
+    "attention": (Attention, TOKENS, None),
+    "attention_kdim": (lambda: Attention(kdim=6, vdim=6, bias=False), TOKENS, None),
+    "encoder": (encoder, TOKENS, None),
+}  # fmt: skip
+# whose projections have parameters that give them exactly
+EXACT = [name for name in CASES if name not in ("standardized", "spectral_norm")]
+
+
+def make(name, batch=4):
+    torch.manual_seed(0)
+    build, shape, maps = CASES[name]
+    x = torch.randint(0, 20, (batch, shape)) if isinstance(shape, int) else torch.randn(batch, *shape)
+    return build().eval(), x, maps
+
+
+def flops(net, x):
+    net(x)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
+            net(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_everything_but_tables_takes_part(name):
+    net, x, maps = make(name)
+    plan = make_plan(net, "svd", FixedRank(2), ALL, record(net, x, training=True))
+    found = [c.name for c in plan.compressions]
+    if maps is not None:
+        assert found == maps
+    weights = sum(p.numel() for p in net.parameters() if p.dim() > 1 and "original" not in name)
+    taken = sum(c.layer.num_weights for c in plan.compressions)
+    if name == "experts":
+        assert plan.dense == {"position": "a parameter of Experts that is not only multiplied by"}
+    elif maps is None:
+        assert taken == weights
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_written_is_read(name):
+    net, _, _ = make(name)
+    net = net.double()
+    before = {n: p.clone() for n, p in net.state_dict().items()}
+    for each in find_maps(net).values():
+        if each.obstacle() is not None:
+            continue
+        others = {n: other.read().clone() for n, other in find_maps(net).items()}
+        weight = each.read() + 0.1 * torch.randn_like(each.read())
+        weight = weight if name in EXACT else each.read().clone()
+        each.write_(weight)
+        assert torch.allclose(each.read(), weight, rtol=1e-6)
+        for other, value in others.items():
+            same = find_maps(net)[other].parameters[0] is each.parameters[0] and find_maps(net)[other].key == each.key
+            if other != each.name and not same:
+                assert torch.equal(find_maps(net)[other].read(), value), other
+    assert net.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_reach_the_parameters(name):
+    """As autograd finds them through the whole reading."""
+    net, _, _ = make(name)
+    for each in find_maps(net).values():
+        if each.obstacle() is not None:
+            continue
+        gradient = torch.randn(each.layer.stored_shape)
+        net.zero_grad()
+        (each.adapter.read(each.module, each.key) * gradient).sum().backward()
+        expected = [p.grad.clone() for p in each.parameters]
+        net.zero_grad()
+        each.add_gradient_(gradient)
+        each.add_gradient_(gradient)
+        for p, g in zip(each.parameters, expected, strict=True):
+            assert torch.allclose(p.grad, 2 * g, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["svd", TiledSVD(4), TiledSVD(4, "factors"), BlockSVD(2)], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_extracted_computes_what_projected_does(name, method, tmp_path):
+    net, x, _ = make(name)
+    net = net.double()
+    x = x.double() if x.is_floating_point() else x
+    small = compress(net, method, FixedRank(1), ALL, example_input=x)
+    entries = small.lowrank_pl_record["layers"]
+    assert entries
+    with torch.no_grad():
+        # the reference is written by hand: weights in their places, by the adapters that other tests look at
+        projected = copy.deepcopy(net)
+        plan = make_plan(net, method, FixedRank(1), ALL, record(net, x, training=True))
+        structures = plan.factor(plan.choose_ranks())
+        for key, each in find_maps(projected).items():
+            if key in structures:
+                each.write_(structures[key].reconstruct())
+        assert torch.allclose(small(x), projected(x), atol=1e-9)
+        assert not torch.allclose(small(x), net(x), atol=1e-3)
+    save_compressed(small, tmp_path)
+    assert torch.allclose(load_compressed(net, tmp_path)(x), small(x), atol=1e-12)
+    sum(y.square().sum() for y in [small.train()(x)]).backward()  # it can be trained on
+    assert all(p.grad is not None for p in small.parameters())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8, 32])
+@pytest.mark.parametrize("name", CASES)
+def test_multiply_adds_are_those_of_pytorch(name, batch):
+    net, x, _ = make(name, batch)
+    targets = Targets(skip_first=False, skip_last=False)
+    small = compress(net, "svd", FixedRank(2), targets, example_input=x)
+    report = summarize(net, small, x, latency=False)
+    assert report.dense.macs == flops(net, x[:1]) / 2
+    assert report.compressed.macs == flops(small, x[:1]) / 2
+    saved = sum((layer.dense.macs or 0) - (layer.compressed.macs or 0) for layer in report.layers)
+    parts = 5 * 2 * 8 if name == "experts" else 0  # one factor of `heads` is used for each of two parts
+    assert saved - parts == report.dense.macs - report.compressed.macs
+    budget = CostBudget("macs", 0.9)
+    plan = make_plan(net, "svd", budget, targets, record(net, x, training=True))
+    one = make(name, 4)[1]
+    same = make_plan(net, "svd", budget, targets, record(net, one, training=True))
+    assert plan.choose_ranks() == same.choose_ranks()
+
+
+class Fit(pl.LightningModule):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.seen = self.net(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("method", ["svd", TiledSVD(4)])
+def test_fits_end_with_a_saved_network(name, method, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowrank_pl.report.BATCHES", ())
+    _, x, _ = make(name, 8)
+    data = DataLoader(TensorDataset(x), batch_size=4)
+    for i, callback in enumerate(
+        [
+            DeepTwist(2, method, FixedRank(2), ALL),
+            LearningCompression(budget=CostBudget("params", 0.6), method=method, targets=ALL, l_step_epochs=1, steps=3),
+        ]
+    ):
+        module, extract = Fit(make(name)[0].train()), ExtractStructure(tmp_path / str(i), submodule="net")
+        trainer = quiet_trainer(tmp_path, callback, extract, max_epochs=3)
+        trainer.fit(module, data, data)
+        loaded = load_compressed(CASES[name][0](), tmp_path / str(i)).eval()
+        with torch.no_grad():
+            expected = module.net.eval()(x)
+            assert torch.allclose(loaded(x), expected, atol=1e-5)
+        trainer.validate(module, data, verbose=False)  # what is deployed is what was validated
+        assert torch.allclose(module.seen, expected[4:], atol=1e-5)
+        assert loaded.state_dict().keys() == extract.extracted.state_dict().keys()
+
+
+def test_a_projection_that_has_no_parameters_is_held_in_evaluation():
+    """Rows of a standardized weight have mean 0; those of its tiles do not. Compared with PyTorch's own convolution."""
+    torch.manual_seed(0)
+    layer, x = Standardized(6, 8, 3, padding=1), torch.randn(2, 6, 7, 7)
+    each = find_maps(nn.Sequential(layer))["0"]
+    weight = TiledSVD(4).factor(each.read(), each.layer, (1,)).reconstruct()
+    each.write_(weight)
+    layer.eval()
+    with torch.no_grad():
+        assert torch.equal(each.read(), weight)
+        assert torch.allclose(layer(x), F.conv2d(x, weight, layer.bias, padding=1), atol=1e-5)
+        standardized = Standardized.forward(layer, x)
+        assert not torch.allclose(layer(x), standardized, atol=1e-3)
+        assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+        assert torch.equal(layer.train()(x), standardized)  # training goes on with what its parameters say
+    layer.eval()
+    assert torch.equal(layer(x), standardized)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        layer.weight.add_(0.01)  # somebody writes
+        assert torch.equal(layer(x), Standardized.forward(layer, x))
+
+
+def test_what_takes_the_place():
+    net, x, _ = make("encoder")
+    small = compress(net, "svd", FixedRank(2), ALL, example_input=x)
+    assert isinstance(small[0].layers[0].self_attn, SplitAttention)
+    net, x, _ = make("lstm")
+    small = compress(net, "svd", FixedRank(2), ALL, example_input=x)
+    assert isinstance(small.rnn, SplitRecurrent)
+    net, x, _ = make("experts")
+    small = compress(net, "svd", FixedRank(2), ALL, example_input=x)
+    assert isinstance(small.up, FactoredParameter)
+    assert isinstance(small.position, nn.Parameter)
+    net, x, _ = make("tied_bias")
+    small = compress(net, "svd", FixedRank(2), ALL, example_input=x)
+    assert small.table.factors[0].weight is small.head[0].weight
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
+
+
+def test_a_factored_parameter_is_a_tensor_to_code():
+    torch.manual_seed(0)
+    net, x, _ = make("experts")
+    small = compress(net, "svd", FixedRank(2), ALL, example_input=x)
+    up = small.up
+    whole = up.tensor().make()
+    assert (up.shape, up.dtype, up.ndim, len(up), up.size(1)) == ((4, 12, 8), torch.float32, 3, 4, 12)
+    y = torch.randn(4, 3, 8)
+    for product in (lambda w: y @ w.mT, lambda w: torch.bmm(y, w.transpose(1, 2)), lambda w: (w @ y.mT).mT,
+                    lambda w: torch.stack([F.linear(y[i], w[i]) for i in range(4)]),
+                    lambda w: torch.stack([y[i] @ part.T for i, part in enumerate(w.unbind())]),
+                    lambda w: y[:2] @ w[torch.tensor([0, 1])].mT, lambda w: y[:2] @ w[:2].mT):  # fmt: skip
+        with FlopCounterMode(display=False) as counter:
+            found = product(up)
+        with FlopCounterMode(display=False) as dense:
+            expected = product(whole)
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert counter.get_total_flops() < 0.6 * dense.get_total_flops()
+    for use in (lambda w: w + 1, lambda w: 2 * w, lambda w: w.sum(), lambda w: w[0, 0], lambda w: w.to(torch.float64),
+                lambda w: torch.einsum("eoi->oi", w), lambda w: -w, lambda w: w.flatten(), lambda w: w.double().sum(),
+                lambda w: w[..., 0], lambda w: w.reshape(8, -1).mean(0)):  # fmt: skip
+        assert torch.allclose(use(up), use(whole))
+    assert small.double().up.dtype == torch.float64
+    up.sum().backward()
+    assert up.factors[0].weight.grad is not None
+
+
+# -- what only an author knows -------------------------------------------------------------------------------------
+
+
+class Relative(nn.Module):
+    """As XLNet's attention: `[model, heads, head size]`, used in einsum."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.o = nn.Parameter(torch.randn(8, 2, 6)), nn.Parameter(torch.randn(8, 2, 6))
+
+    def forward(self, x):
+        return torch.einsum("btnd,hnd->bth", torch.tanh(torch.einsum("bth,hnd->btnd", x, self.q)), self.o)
+
+
+class Spectral(nn.Module):
+    """As in a Fourier neural operator: `[in, out, modes]`, complex."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 6, 5, dtype=torch.complex64))
+
+    def forward(self, x):
+        return torch.fft.irfft(torch.einsum("bix,iox->box", torch.fft.rfft(x)[..., :5], self.weight))
+
+
+@pytest.fixture
+def adapters(monkeypatch):
+    monkeypatch.setattr(registry, "_adapters", list(registry._adapters))
+    monkeypatch.setattr(registry, "_added", [])
+
+
+@pytest.mark.parametrize(
+    ("build", "rows", "shape"), [(Relative, {"q": 1, "o": 1}, (5, 8)), (Spectral, {"weight": 1}, (8, 12))]
+)
+def test_reshaped_parameters(build, rows, shape, adapters, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowrank_pl.report.BATCHES", ())
+    torch.manual_seed(0)
+    net, x = build(), torch.randn(4, *shape)
+    plan = make_plan(net, "svd", FixedRank(1), ALL, record(net, x))
+    assert plan.compressions == []
+    assert all(build.__name__ in reason for reason in plan.dense.values())
+    registry.register_adapter(ReshapedParameters(build, rows))
+    small = compress(net, "svd", FixedRank(2), ALL, example_input=x)
+    for key in rows:
+        dense, rebuilt = getattr(net, key).detach(), getattr(small, key).tensor().make().detach()
+        matrices = [(torch.view_as_real(w) if w.is_complex() else w).reshape(8, -1) for w in (dense, rebuilt)]
+        u, s, v = torch.linalg.svd(matrices[0].double(), full_matrices=False)
+        assert torch.allclose((u[:, :2] * s[:2]) @ v[:2], matrices[1].double(), atol=1e-5)
+    save_compressed(small, tmp_path / "small")
+    assert torch.equal(load_compressed(net, tmp_path / "small")(x), small(x))
+    extract = ExtractStructure(tmp_path / "fit", submodule="net")
+    twist = DeepTwist(2, "svd", FixedRank(2), ALL)
+    quiet_trainer(tmp_path, twist, extract, max_steps=2).fit(Fit(net), DataLoader(TensorDataset(x), batch_size=2))
+    assert torch.equal(load_compressed(build(), tmp_path / "fit")(x), extract.extracted(x))
+
+
+def test_an_adapter_that_does_not_write_what_it_reads(adapters):
+    class Turned(Adapter):
+        def maps(self, module):
+            return {"": LayerSpec("linear", 8, 8)} if type(module) is nn.Linear else {}
+
+        def read(self, module, key):
+            return module.weight
+
+        def write_(self, module, key, weight):
+            module.weight.copy_(weight.T)
+
+        def parameters(self, module, key):
+            return (module.weight,)
+
+        def deploy(self, module, parts):
+            return parts[""]
+
+    net = nn.Sequential(nn.Linear(8, 8))
+    before = net[0].weight.clone()
+    registry.register_adapter(Turned())
+    with pytest.raises(ValueError, match=r"'0': Turned .*`write_` to undo `read`"):
+        make_plan(net, "svd", FixedRank(1), ALL)
+    assert torch.equal(net[0].weight, before)
+    with pytest.raises(TypeError, match="`adapter`"):
+        registry.register_adapter(Turned)
+    with pytest.raises(ValueError, match=r"numbers of .*axes"):
+        ReshapedParameters(Relative, {"q": 0})
+    with pytest.raises(TypeError, match="`kind`"):
+        ReshapedParameters("Relative", {"q": 1})
+    registry.register_adapter(ReshapedParameters(Relative, {"p": 1}))
+    with pytest.raises(ValueError, match="'p'"):
+        make_plan(Relative(), "svd", FixedRank(1), ALL)
+
+
+def test_parametrizations():
+    """One with a way back is projected, to what it can make; one without stays dense, as does what writing changes."""
+
+    class Squared(nn.Module):
+        def forward(self, w):
+            return w**2
+
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
+    parametrize.register_parametrization(net[0], "weight", Symmetric())
+    parametrize.register_parametrization(net[1], "weight", Squared())
+    nn.utils.prune.random_unstructured(net[2], "weight", 0.5)
+    with torch.no_grad():
+        net[2].weight_mask[0] = 0
+    assert obstacles(net).keys() == {"1"}
+    assert "right_inverse" in obstacles(net)["1"]
+    small = compress(net, SVD(), FixedRank(2), ALL, example_input=torch.randn(3, 6))
+    assert isinstance(small[0], nn.Sequential)
