@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.build import check_parts
 from lowrank_pl.cli.changes import given_keys
-from lowrank_pl.cli.configs import close_to, flat, links, options, resolved, shown
+from lowrank_pl.cli.configs import check_numbers, close_to, flat, links, options, resolved, shown
 from lowrank_pl.cli.places import check_places
 from lowrank_pl.cli.schema import arguments, check_config, nodes
 from lowrank_pl.cli.session import WHILE_BUILDING, in_words, quiet
@@ -70,6 +70,7 @@ def check_words(
     quiet()
     overrides = list(_parsed(words))
     for override in overrides:
+        check_numbers(override.input_line)
         if override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir") and not override.value():
             raise ValueError(f"Expected `{override.key_or_group}` to be a folder but got {override.input_line!r}")
     jobs = [list(words)]
