@@ -141,7 +141,8 @@ class Sweep:
             words = ["resume", str(directory), *(word for word in options if word.startswith("--allow="))]
         else:
             places = {"hydra.run.dir": directory, "paths.references": self.directory / "references"}
-            words = ["train", *options, *self.jobs[name], *(f"{key}={quoted(place)}" for key, place in places.items())]
+            own = [f"{key}={quoted(place)}" for key, place in places.items() if not self._gives(name, key)]
+            words = ["train", *options, *self.jobs[name], *own]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         log_file = directory / _LOG
         if log_file.is_file() and log_file.stat().st_nlink > 1:  # a backup, or anything: it keeps the text
@@ -158,6 +159,9 @@ class Sweep:
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
             return _Started(process, log_file, offset)
+
+    def _gives(self, name: str, key: str) -> bool:
+        return any(word.lstrip("+").startswith(f"{key}=") for word in self.jobs[name])
 
     def _outcome(self, name: str, job: _Started) -> str:
         """How a job has ended, and where it failed, why."""

@@ -72,7 +72,7 @@ def change(config: DictConfig, words: list[str], linked: dict[str, str]) -> dict
     """Apply overrides `key=value` in place, to what repeats those values too; `{key: (old, new)}` of what changed."""
     before = dict(flat(OmegaConf.to_container(config)))
     for override in OverridesParser.create().parse_overrides(words):
-        check_numbers(override.input_line)
+        check_numbers(str(override.input_line))
         _check(config, override)
         for key in [override.key_or_group, *mirrors(override.key_or_group, linked)]:
             OmegaConf.update(config, key, override.value(), force_add=override.is_add())

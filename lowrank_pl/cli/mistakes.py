@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from lowrank_pl.cli.allowed import check_targets
@@ -70,9 +70,12 @@ def check_words(
     quiet()
     overrides = list(_parsed(words))
     for override in overrides:
-        check_numbers(override.input_line)
-        if override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir") and not override.value():
-            raise ValueError(f"Expected `{override.key_or_group}` to be a folder but got {override.input_line!r}")
+        check_numbers(str(override.input_line))
+        is_place = override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir")
+        if is_place and (not override.value() or str(override.value()).startswith("~")):  # which is a name like others
+            raise ValueError(
+                f"Expected `{override.key_or_group}` to be a folder's whole name but got {override.input_line!r}"
+            )
     jobs = [list(words)]
     if several:
         try:
@@ -95,7 +98,10 @@ def _check_job(
         with open_dict(config):
             config.hydra.runtime.cwd = os.getcwd()  # which paths refer to
             HydraConfig.instance().set_config(config)
-            directory = Path(config.hydra.run.dir)
+            directory = Path(config.hydra.run.dir).absolute()
+            with read_write(config.hydra.runtime):
+                config.hydra.runtime.output_dir = str(directory)
+            HydraConfig.instance().set_config(config)
             del config["hydra"]
         given = given_keys(words, links(config))
         plain = resolved(config)
@@ -111,7 +117,7 @@ def _check_job(
 def explain(error: BaseException, words: Sequence[str]) -> str:
     """The line for an error that came out of composing these overrides."""
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r}: expected key=value ({str(error.message).splitlines()[0]})"
+        return f"{error.override!r}: expected key=value; quote a value that has special signs: 'key=\"~/a, b\"'"
     for override in _parsed(words):
         if override.is_sweep_override():
             continue

@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 
 import hydra
@@ -41,7 +40,7 @@ def main() -> None:
     given = _given()
     folders = [Path(folder) for folder in given.config_dir]
     is_foreign = bool(folders) and not given.trust
-    made: list[Recipe] = []  # of a single run, before it has a directory
+    made: list[tuple[DictConfig, Recipe]] = []  # of a single run, before it has a directory
     try:
         linked = stored_links(folders, given.config_name)
         words = mirrored(given.overrides, linked)
@@ -55,8 +54,11 @@ def main() -> None:
                 if given.multirun:
                     check_words(words, given.config_name, several=True, allow=allow)
                 else:
-                    make = partial(_recipe, is_foreign=is_foreign)
-                    check_words(words, given.config_name, allow=allow, check=lambda *job: made.append(make(*job)))
+
+                    def make(config: DictConfig, keys: set[str]) -> None:
+                        made.append((config, _recipe(config, keys, is_foreign)))
+
+                    check_words(words, given.config_name, allow=allow, check=make)
     except HydraException as error:
         sys.exit(f"lowrank-pl train: {explain(error, given.overrides)}")
     except (ValueError, OSError) as error:
@@ -66,7 +68,7 @@ def main() -> None:
     @hydra.main(config_path="pkg://lowrank_pl.conf", config_name="train", version_base="1.3")
     def train(config: DictConfig) -> None:
         try:
-            _run(config, linked, made.pop() if made else None, is_foreign)
+            _run(config, linked, made, is_foreign)
         except (CompactHydraException, Diverged) as error:  # not left to Hydra, which says more, and ends other jobs
             if shows_trace:
                 raise
@@ -114,7 +116,7 @@ def _recipe(config: DictConfig, keys: Collection[str], is_foreign: bool, referen
         return build(config, config.paths.references or references)
 
 
-def _run(config: DictConfig, linked: dict[str, str], recipe: Recipe | None, is_foreign: bool) -> None:
+def _run(config: DictConfig, linked: dict[str, str], made: list[tuple[DictConfig, Recipe]], is_foreign: bool) -> None:
     job = HydraConfig.get()
     with session() as stop:
         with _in_a_line(*WHILE_BUILDING):
@@ -125,8 +127,11 @@ def _run(config: DictConfig, linked: dict[str, str], recipe: Recipe | None, is_f
         try:
             with run.recorded():
                 with _in_a_line(*WHILE_BUILDING):
-                    in_sweep = Path(job.sweep.dir) / "references" if job.mode == RunMode.MULTIRUN else None
-                    recipe = recipe or _recipe(complete, given_keys(overrides, linked), is_foreign, in_sweep)
+                    if made and made[0][0] == complete and job.mode == RunMode.RUN:
+                        _, recipe = made.pop()
+                    else:  # a job of several, or the configs say what time it is
+                        in_sweep = Path(job.sweep.dir) / "references" if job.mode == RunMode.MULTIRUN else None
+                        recipe = _recipe(complete, given_keys(overrides, linked), is_foreign, in_sweep)
                 with _in_a_line(*WHILE_TRAINING):
                     execute(run, recipe, stop)
         except Exception:
