@@ -40,7 +40,7 @@ def main() -> None:
     given = _given()
     folders = [Path(folder) for folder in given.config_dir]
     is_foreign = bool(folders) and not given.trust
-    made: list[tuple[DictConfig, Recipe]] = []  # of a single run, before it has a directory
+    made: list[tuple[DictConfig, Recipe]] = []
     try:
         linked = stored_links(folders, given.config_name)
         words = mirrored(given.overrides, linked)
@@ -50,15 +50,7 @@ def main() -> None:
             if is_foreign:
                 check_foreign(given.config_name, words, given.allow)
             if not any(vars(given)[name] for name in _SHOWS):
-                allow = given.allow if is_foreign else None
-                if given.multirun:
-                    check_words(words, given.config_name, several=True, allow=allow)
-                else:
-
-                    def make(config: DictConfig, keys: set[str]) -> None:
-                        made.append((config, _recipe(config, keys, is_foreign)))
-
-                    check_words(words, given.config_name, allow=allow, check=make)
+                made = _checked(given, words, is_foreign)
     except HydraException as error:
         sys.exit(f"lowrank-pl train: {explain(error, given.overrides)}")
     except (ValueError, OSError) as error:
@@ -107,6 +99,21 @@ def _passed_on(given: argparse.Namespace) -> list[str]:
     flags = [name for name, *_ in _FLAGS if chosen[name[2:].replace("-", "_")]]
     values = [f"{name}={chosen[name[2:]]}" for name in ("--cfg", "--package", "--info") if chosen[name[2:]] is not None]
     return [*flags, *values]
+
+
+def _checked(given: argparse.Namespace, words: list[str], is_foreign: bool) -> list[tuple[DictConfig, Recipe]]:
+    """What a single run is made of, before it has a directory; the jobs of several make theirs later."""
+    made: list[tuple[DictConfig, Recipe]] = []
+
+    def make(config: DictConfig, keys: set[str]) -> None:
+        made.append((config, _recipe(config, keys, is_foreign)))
+
+    allow = given.allow if is_foreign else None
+    if given.multirun:
+        check_words(words, given.config_name, several=True, allow=allow)
+    else:
+        check_words(words, given.config_name, allow=allow, check=make)
+    return made
 
 
 def _recipe(config: DictConfig, keys: Collection[str], is_foreign: bool, references: Path | None = None) -> Recipe:
