@@ -54,7 +54,9 @@ def load_exported(path: str | Path, most: int = 2**31, example: Tensor | None = 
     that you made.
 
     With `example`, an image [1, C, H, W], an ONNX file is not trusted either: it may have neither loops nor data
-    outside itself, and is first tried on that image in a process of its own, for 5 s and with 1 GiB.
+    outside itself, and is first tried on that image in a process of its own, for 5 s and with 1 GiB. What it takes for
+    other images, where shapes depend on their content (`NonZero`, a `Tile` by a computed number), is not bounded: here
+    it runs in this process, where its time is measured.
 
     Raises `ValueError` for a file that is larger, damaged or of another kind; so does what is returned, for images that
     the network does not take, and outputs that are not one tensor.

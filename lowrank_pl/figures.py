@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from lowrank_pl.curves import read_curves
+from lowrank_pl.files import write_files
 
 
 def draw_run(metrics: Path, figure: Path) -> None:
@@ -45,7 +47,9 @@ def draw_run(metrics: Path, figure: Path) -> None:
         axes.grid(alpha=0.3)
         if 1 < len(lines) <= 12:
             axes.legend(frameon=False, fontsize="small")
-    canvas.savefig(figure, dpi=120)
+    image = io.BytesIO()
+    canvas.savefig(image, dpi=120)
+    write_files({figure: image.getvalue()})
 
 
 _RANK = "lowrank/rank/"

@@ -20,6 +20,8 @@ def write_files(contents: dict[Path, bytes]) -> None:
     beside = {path: path.with_name(f".{path.name}.{os.getpid()}.new") for path in contents}
     kept = {path: path.with_name(f".{path.name}.{os.getpid()}.old") for path in contents if path.exists()}
     moved: list[Path] = []
+    for leftover in (*beside.values(), *kept.values()):
+        leftover.unlink(missing_ok=True)  # not written into: it may be a link
     try:
         for path, data in contents.items():
             with open(beside[path], "wb") as file:

@@ -20,6 +20,7 @@ from lowrank_pl.reading import read_json
 from lowrank_pl.run_files import as_json, check_links, is_running, locked, read_facts
 
 Job = list[str]  # overrides
+MOST = 10_000  # jobs
 _LOCK, _MANIFEST_LOCK, _LOG = ".lock", ".manifest.lock", "output.log"  # a sweep holds the first one while it runs
 
 
@@ -48,14 +49,18 @@ class Sweep:
         _check_own(path, _LOCK, _MANIFEST_LOCK, manifest.name, "references")
         with locked(path / _MANIFEST_LOCK):  # others may extend it now
             known = _read(manifest) if manifest.is_file() else {}
-            missing = [job for job in jobs if job not in known.values()]
+            there = {tuple(job) for job in known.values()}
+            missing = [job for job in jobs if tuple(job) not in there]
             if known and not extend and (missing or len(jobs) != len(known)):
                 raise ValueError(
                     f"{path} holds another grid, of {len(known)} jobs: {len(missing)} of these {len(jobs)} are not "
                     "among them. Add --extend to add them, or choose another --dir"
                 )
+            if len(known) + len(missing) > MOST:
+                raise ValueError(f"{manifest}: expected at most {MOST:,} jobs but got {len(known) + len(missing):,}")
+            given = {tuple(job) for job in jobs}
             for job in known.values():
-                if check is not None and job not in jobs:
+                if check is not None and tuple(job) not in given:
                     _check_job(job, check, manifest)
             for job in missing:
                 known[str(len(known))] = list(job)
@@ -136,9 +141,13 @@ class Sweep:
             words = ["resume", str(directory), *(word for word in options if word.startswith("--allow="))]
         else:
             places = {"hydra.run.dir": directory, "paths.references": self.directory / "references"}
-            words = ["train", *options, *self.jobs[name], *(f"{key}={quoted(place)}" for key, place in places.items())]
+            own = [f"{key}={quoted(place)}" for key, place in places.items() if not self._gives(name, key)]
+            words = ["train", *options, *self.jobs[name], *own]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        with open(directory / _LOG, "ab") as log:
+        log_file = directory / _LOG
+        if log_file.is_file() and log_file.stat().st_nlink > 1:  # a backup, or anything: it keeps the text
+            log_file.unlink()
+        with open(log_file, "ab") as log:
             offset = log.tell()
             process = subprocess.Popen(
                 command(*words),
@@ -149,7 +158,10 @@ class Sweep:
                 start_new_session=True,  # Ctrl-C reaches them from here, once
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
-            return _Started(process, directory / _LOG, offset)
+            return _Started(process, log_file, offset)
+
+    def _gives(self, name: str, key: str) -> bool:
+        return any(word.lstrip("+").startswith(f"{key}=") for word in self.jobs[name])
 
     def _outcome(self, name: str, job: _Started) -> str:
         """How a job has ended, and where it failed, why."""

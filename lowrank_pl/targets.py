@@ -45,6 +45,8 @@ class Targets:
                 continue
             if isinstance(value, str) or not all(isinstance(item, str) for item in value):
                 raise TypeError(f"Expected argument `{name}` to be a list of strings but got {value!r}")
+            if not value and name != "exclude":
+                raise ValueError(f"Expected argument `{name}` to hold a name or a pattern such as '*' but got none")
             object.__setattr__(self, name, tuple(value))
         unknown = sorted(set(self.types or ()) - set(_TYPE_NAMES))
         if unknown:

@@ -47,6 +47,17 @@ class Net(nn.Module):
 TARGETS = ("conv2", "fc1")
 
 
+class Broken(nn.Module):
+    """Of somebody who has made a mistake."""
+
+    def __init__(self, input_shape, num_classes):
+        super().__init__()
+        self.fc = nn.Linear(input_shape[1], num_classes)
+
+    def forward(self, x):
+        raise ZeroDivisionError("on purpose")
+
+
 def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.2, momentum=0.9, weight_decay=1e-3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from lowrank_pl.callbacks import LearningCompression
+from lowrank_pl.callbacks import CompressionCallback, LearningCompression
 from lowrank_pl.cli.configs import flat
 from lowrank_pl.models import load_weights
+from lowrank_pl.planning import make_plan
 from lowrank_pl.run_files import key_of
 from lowrank_pl.runs import Recipe, Training
+from lowrank_pl.surgery import find_layers
+from lowrank_pl.targets import check_patterns
 
 
 def build(config: DictConfig, references: str | Path | None) -> Recipe:
@@ -33,6 +37,7 @@ def build(config: DictConfig, references: str | Path | None) -> Recipe:
     reference = _training(config.reference) if config.model.weights is None else None
     if reference is not None and not (reference.always or isinstance(compression, (LearningCompression, partial))):
         reference = None
+    _check_patterns(net, compression)
     return Recipe(
         data,
         net,
@@ -58,20 +63,41 @@ def check_parts(config: DictConfig) -> None:
 
     Raises what `build` raises.
     """
-    if config.trainer.devices != 1 or config.trainer.get("num_nodes", 1) != 1:
-        raise ValueError(
-            f"Expected `trainer.devices` to be 1 but got {config.trainer.devices}: the command line trains on one "
-            "device. On several, use the callbacks in a Trainer of your own"
-        )
+    for key in ("devices", "num_nodes"):
+        if config.trainer.get(key, 1) != 1:
+            raise ValueError(
+                f"Expected `trainer.{key}` to be 1 but got {config.trainer[key]}: the command line trains on one "
+                "device. On several, use the callbacks in a Trainer of your own"
+            )
     make = partial(instantiate, _convert_="all")
-    for group in ("decomposition", "rank", "cost", "targets", "compression", "data"):  # the first four may be unused
-        make(config.get(group))
-    make(config.trainer, logger=False, enable_checkpointing=False)
+    # the first four may be unused
+    made = [make(config.get(group)) for group in ("decomposition", "rank", "cost", "targets", "data", "compression")]
+    trainer = make(config.trainer, logger=False, enable_checkpointing=False)
+    is_endless = trainer.max_epochs == -1 and trainer.max_steps == -1
     for prefix in ("", "reference.", "finetune."):
-        _try_out(config, prefix)
+        has_length = (
+            bool(OmegaConf.select(config, f"{prefix}epochs")) if prefix else isinstance(made[-1], LearningCompression)
+        )
+        _try_out(config, prefix, math.inf if is_endless and not has_length else 2)
 
 
-def _try_out(config: DictConfig, prefix: str) -> None:
+def _check_patterns(net: nn.Module, compression: Any) -> None:
+    """Raise `ValueError` for names of layers that the network does not have."""
+    module = nn.ModuleDict({"net": net})  # as in a `Classifier`
+    try:
+        if isinstance(compression, CompressionCallback):
+            make_plan(module, compression.method, compression.rank, compression.targets)
+            most = getattr(compression.rank, "most", None)
+            patterns = [pattern for pattern, _ in most] if isinstance(most, tuple) else []
+            check_patterns(patterns, find_layers(module), "most")
+        elif isinstance(compression, partial):
+            given = {key: value for key, value in compression.keywords.items() if key in ("method", "rank", "targets")}
+            make_plan(module, **given)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`compression`: {error}") from error
+
+
+def _try_out(config: DictConfig, prefix: str, total_steps: float) -> None:
     """Make an optimizer and its schedule. Raises `ValueError` with the key."""
     optimizer, parameter = None, nn.Parameter(torch.zeros(2, 2))
     for key in (f"{prefix}optimizer", f"{prefix}scheduler"):
@@ -80,7 +106,7 @@ def _try_out(config: DictConfig, prefix: str) -> None:
             if optimizer is None:
                 optimizer = make([parameter]) if make else None
             elif make:
-                make(optimizer, total_steps=2, steps_per_epoch=1)
+                make(optimizer, total_steps=total_steps, steps_per_epoch=1)
         except Exception as error:
             raise ValueError(f"`{key}`: {error}") from error
 

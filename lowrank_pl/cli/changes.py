@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -59,8 +60,10 @@ def _out_of_reach(changed: Iterable[str], directory: Path) -> dict[str, str]:
             notes[key] = "has no effect: the reference is trained"
         elif key == "model.weights" and started:
             notes[key] = "has no effect: weights are in the checkpoint"
-        elif started and (key.startswith("optimizer.") or ".optimizer." in key):
-            notes[key] = "has no effect: the optimizer's settings are in the checkpoint"
+        elif started and re.search(r"(^|\.)optimizer\.(_target_|amsgrad|centered)$", key):
+            raise ValueError(f"`{key}`: the checkpoint has the state of another optimizer. Start another run")
+        elif started and re.search(r"(^|\.)optimizer\.", key):
+            notes[key] = "from the checkpoint on"
         elif started and (key.startswith("scheduler.") or ".scheduler." in key or key in _LENGTHS):
             notes[key] = "the schedule goes on as if it had been so from the start"
     return notes

@@ -72,6 +72,7 @@ def change(config: DictConfig, words: list[str], linked: dict[str, str]) -> dict
     """Apply overrides `key=value` in place, to what repeats those values too; `{key: (old, new)}` of what changed."""
     before = dict(flat(OmegaConf.to_container(config)))
     for override in OverridesParser.create().parse_overrides(words):
+        check_numbers(str(override.input_line))
         _check(config, override)
         for key in [override.key_or_group, *mirrors(override.key_or_group, linked)]:
             OmegaConf.update(config, key, override.value(), force_add=override.is_add())
@@ -81,6 +82,25 @@ def change(config: DictConfig, words: list[str], linked: dict[str, str]) -> dict
         for key in {**before, **after}
         if before.get(key) != after.get(key) or (key in before) != (key in after)
     }
+
+
+def check_numbers(word: str) -> None:
+    """Raise `ValueError` for an override with a number such as `1_0`, which Hydra takes for 10."""
+    key, _, text = word.partition("=")
+    for piece in re.split(r"[\s,:()\[\]{}]+", text):
+        if "_" in piece and _is_number(piece):
+            raise ValueError(
+                f"Expected `{key.lstrip('+')}` to be a number without underscores but got {piece}: write "
+                f"{piece.replace('_', '')}, or '{piece}' in quotes where it is text"
+            )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def mirrors(key: str, linked: dict[str, str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -18,13 +18,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from lowrank_pl.cli.allowed import check_targets
 from lowrank_pl.cli.build import check_parts
 from lowrank_pl.cli.changes import given_keys
-from lowrank_pl.cli.configs import close_to, flat, links, options, resolved, shown
+from lowrank_pl.cli.configs import check_numbers, close_to, flat, links, options, resolved, shown
 from lowrank_pl.cli.places import check_places
 from lowrank_pl.cli.schema import arguments, check_config, nodes
 from lowrank_pl.cli.session import WHILE_BUILDING, in_words, quiet
@@ -36,7 +36,7 @@ def told(command: str, words: Sequence[str]) -> Iterator[None]:
 
     HYDRA_FULL_ERROR=1, with which Hydra leaves errors alone, shows their trace.
     """
-    if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
+    if asks_for_trace():
         yield
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -50,17 +50,32 @@ def told(command: str, words: Sequence[str]) -> Iterator[None]:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
-def check_words(words: Sequence[str], name: str, several: bool = False, allow: Sequence[str] | None = None) -> None:
+def asks_for_trace() -> bool:
+    return os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
+
+
+def check_words(
+    words: Sequence[str],
+    name: str,
+    several: bool = False,
+    allow: Sequence[str] | None = None,
+    check: Callable[[DictConfig, set[str]], None] = lambda config, keys: check_parts(config),
+) -> None:
     """Compose what a command line asks for and check it, before there is a directory of a run.
 
     With `several`, the overrides are a grid, of which every value is tried once. `allow` is given where others wrote
-    configs (see `check_targets`). Raises `ValueError` with the key.
+    configs (see `check_targets`). `check` gets each config that is complete, and the keys of the command line, at the
+    end. Raises `ValueError` with the key.
     """
     quiet()
     overrides = list(_parsed(words))
     for override in overrides:
-        if override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir") and not override.value():
-            raise ValueError(f"Expected `{override.key_or_group}` to be a folder but got {override.input_line!r}")
+        check_numbers(str(override.input_line))
+        is_place = override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir")
+        if is_place and (not override.value() or str(override.value()).startswith("~")):  # which is a name like others
+            raise ValueError(
+                f"Expected `{override.key_or_group}` to be a folder's whole name but got {override.input_line!r}"
+            )
     jobs = [list(words)]
     if several:
         try:
@@ -71,17 +86,22 @@ def check_words(words: Sequence[str], name: str, several: bool = False, allow: S
     for job in jobs:
         if not seen.issuperset(job):
             seen.update(job)
-            _check_job(job, name, allow)
+            _check_job(job, name, allow, check)
 
 
-def _check_job(words: list[str], name: str, allow: Sequence[str] | None) -> None:
+def _check_job(
+    words: list[str], name: str, allow: Sequence[str] | None, check: Callable[[DictConfig, set[str]], None]
+) -> None:
     try:
         with initialize_config_module("lowrank_pl.conf", version_base="1.3"):
             config = compose(name, words, return_hydra_config=True)
         with open_dict(config):
             config.hydra.runtime.cwd = os.getcwd()  # which paths refer to
             HydraConfig.instance().set_config(config)
-            directory = Path(config.hydra.run.dir)
+            directory = Path(config.hydra.run.dir).absolute()
+            with read_write(config.hydra.runtime):
+                config.hydra.runtime.output_dir = str(directory)
+            HydraConfig.instance().set_config(config)
             del config["hydra"]
         given = given_keys(words, links(config))
         plain = resolved(config)
@@ -89,7 +109,7 @@ def _check_job(words: list[str], name: str, allow: Sequence[str] | None) -> None
             check_targets(plain, allow)
             check_places(plain, directory, given)
         check_config(plain)
-        check_parts(plain)
+        check(plain, given)
     except (HydraException, *WHILE_BUILDING) as error:
         raise ValueError(explain(error, words)) from error
 
@@ -97,7 +117,7 @@ def _check_job(words: list[str], name: str, allow: Sequence[str] | None) -> None
 def explain(error: BaseException, words: Sequence[str]) -> str:
     """The line for an error that came out of composing these overrides."""
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r}: expected key=value ({str(error.message).splitlines()[0]})"
+        return f"{error.override!r}: expected key=value; quote a value that has special signs: 'key=\"~/a, b\"'"
     for override in _parsed(words):
         if override.is_sweep_override():
             continue

@@ -18,7 +18,7 @@ from lowrank_pl.cli.places import check_places
 from lowrank_pl.cli.schema import check_config
 from lowrank_pl.cli.session import WHILE_BUILDING, WHILE_TRAINING, in_words, session
 from lowrank_pl.data.downloads import no_downloads
-from lowrank_pl.runs import Run, execute
+from lowrank_pl.runs import Diverged, Run, execute
 from lowrank_pl.terminal import say
 
 _DESCRIPTION = """\
@@ -68,6 +68,9 @@ def main() -> None:
         try:
             with run.changed(stored(config), **facts) if changed else nullcontext(), run.recorded():
                 execute(run, recipe, stop, arguments.force)
+        except Diverged as error:
+            sys.stderr.write(f"lowrank-pl resume: {error}\n")
+            sys.exit(3)
         except WHILE_TRAINING as error:
             kept = (run.directory / "config.yaml").read_text() == stored(config)
             sys.exit(f"lowrank-pl resume: {in_words(error)}" + ("" if kept else "\nThe run's config is as it was."))

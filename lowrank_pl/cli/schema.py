@@ -32,8 +32,11 @@ def _growing(values: list[float]) -> list[float]:
     return values
 
 
-def _never(value: Any) -> Any:
-    raise ValueError("Input should be left out, because a run sets it itself,")
+def _left_out(why: str) -> Any:
+    def refuse(value: Any) -> Any:
+        raise ValueError(f"Input should be left out, because {why},")
+
+    return Annotated[Any, AfterValidator(refuse)]
 
 
 def _limit(value: int) -> int:
@@ -54,7 +57,10 @@ _Positive = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
 _Limit = Annotated[int, AfterValidator(_limit)]
 _Node = dict[str, Any]  # checked by itself
-_Never = Annotated[Any, AfterValidator(_never)]
+_Never = _left_out("a run sets it itself")
+_FromData = _left_out("it follows from the data")
+# of which it is already hard to say what a weight of 1 becomes; more is a slip of the pen
+_Rate = Annotated[float, Field(gt=0, le=1e6)]
 
 _TOP = {
     "model": _Node,
@@ -71,10 +77,11 @@ _TOP = {
 }
 _LATER = ("decomposition", "rank", "cost", "targets", "product_decay")  # which runs of version 0.1.0 need not have
 _NEEDED = ("model.net", "data", "optimizer", "scheduler", "trainer")  # groups that cannot be off
+_OFF = ("compression", "targets", "cost", "reference", "finetune", "logger")  # those that are empty where they are off
 
 _STRICTER: dict[Any, dict[str, Any]] = {
     Optimizer: {
-        "lr": _Number,
+        "lr": _Rate,
         "momentum": _Share,
         "dampening": _Number,
         "weight_decay": _Number,
@@ -92,7 +99,10 @@ _STRICTER: dict[Any, dict[str, Any]] = {
         "check_val_every_n_epoch": _Natural | None,
         **dict.fromkeys(("limit_train_batches", "limit_test_batches"), _Part | None),
         "val_check_interval": _Part | None,
+        "num_sanity_val_steps": Annotated[int, Field(ge=-1)] | None,
+        "overfit_batches": _left_out("a run draws its batches itself (see limit_train_batches)"),
         **dict.fromkeys(("callbacks", "logger", "plugins", "default_root_dir", "fast_dev_run"), _Never),
+        "enable_checkpointing": _Never,
     },
     pl.LightningDataModule: {"batch_size": _Size, "eval_batch_size": _Size, "seed": _Seed},
     nn.Module: {"dropout": Annotated[float, Field(ge=0, le=1)]},
@@ -119,13 +129,26 @@ def check_config(config: DictConfig) -> None:
             raise ValueError(f"Expected `{name}` to have a value{_choice(name)}")
     _check_values("", values, _TOP)
     _check_values("model.", values["model"], {"net": _Node, "weights": str | None})
-    _check_values("paths.", values["paths"], {"data": str, "references": str | None}, is_open=True)
+    _check_values("paths.", values["paths"], {"data": str, "references": str | None})
+    for name in _OFF:
+        for key in values.get(name) or () if "_target_" not in (values.get(name) or ()) else ():
+            raise ValueError(f"Expected no key `{name}.{key}`, because `{name}` is off{_choice(name)}")
     for name in _NEEDED:
         node = OmegaConf.select(config, name)
         if not isinstance(node, DictConfig) or "_target_" not in node:
             raise ValueError(f"Expected `{name}` to have a `_target_`{_choice(name)}")
     for key, node in sorted(nodes(values), key=lambda pair: pair[0].count(".")):  # what others repeat comes first
         _check_node(f"{key}.", node)
+    _check_ends(values["trainer"])
+
+
+def _check_ends(trainer: dict[str, Any]) -> None:
+    for unit, default in (("epochs", None), ("steps", -1)):
+        least, most = trainer.get(f"min_{unit}"), trainer.get(f"max_{unit}", default)
+        if least is not None and most not in (None, -1) and least > most:
+            raise ValueError(
+                f"Expected `trainer.min_{unit}` to be at most `trainer.max_{unit}`, {most}, but got {least}"
+            )
 
 
 def nodes(values: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -149,6 +172,8 @@ def _check_node(prefix: str, node: dict[str, Any]) -> None:
     for kind, stricter in _STRICTER.items():
         if function is kind or (inspect.isclass(kind) and inspect.isclass(function) and issubclass(function, kind)):
             kinds |= {name: stricter[name] for name in kinds.keys() & stricter.keys()}
+    if prefix == "model.net.":
+        kinds |= dict.fromkeys(("input_shape", "num_classes"), _FromData)
     own = {"_target_": str, "_partial_": _Flag, "_args_": list[Any], "_convert_": _Conversion, "_recursive_": _Flag}
     _check_values(prefix, node, {**kinds, **own}, is_open)
     # to which a run gives what is left: weights, an optimizer, a module

@@ -12,7 +12,7 @@ from hydra.errors import InstantiationException
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from lowrank_pl.runs import Diverged, Interrupted, Stop
+from lowrank_pl.runs import Interrupted, Stop
 
 # What a user can mend, and is told in a few lines without a trace: while a run is built, and while it is trained, where
 # other errors are more likely those of a program.
@@ -24,7 +24,7 @@ WHILE_TRAINING = (ValueError, OSError, MisconfigurationException)
 @contextmanager
 def session() -> Iterator[Stop]:
     """Quiet libraries; a signal ends the command at the next step that can be taken up again, with the shell's usual
-    exit code for it. A training that diverges ends it with 3."""
+    exit code for it."""
     quiet()
     stop = Stop()
     try:
@@ -33,9 +33,6 @@ def session() -> Iterator[Stop]:
         assert stop.signal is not None
         sys.stderr.write("Interrupted; `lowrank-pl resume` with the run's directory goes on with it.\n")
         sys.exit(128 + stop.signal)
-    except Diverged as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(3)
 
 
 def quiet() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
+from itertools import islice
+from math import prod
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -16,7 +18,7 @@ from lowrank_pl.cli.mistakes import check_words, explain
 from lowrank_pl.cli.places import check_places
 from lowrank_pl.overview import gather, overview_tables
 from lowrank_pl.run_files import key_of
-from lowrank_pl.sweep import Sweep
+from lowrank_pl.sweep import MOST, Sweep
 from lowrank_pl.terminal import say, terminal
 
 _DESCRIPTION = """\
@@ -79,6 +81,10 @@ def expand(grid: list[str], name: str, allow: list[str] | None) -> list[list[str
     for override in overrides:
         if override.key_or_group.startswith("hydra"):
             raise ValueError(f"{override.input_line!r}: the sweep places its runs itself; use --dir")
+    count = prod(sum(1 for _ in islice(override.sweep_iterator(), MOST + 1))
+                 for override in overrides if override.is_sweep_override())  # fmt: skip
+    if count > MOST:
+        raise ValueError(f"expected a grid of at most {MOST:,} jobs but got more: split it")
     jobs = [list(job) for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
     for job in jobs if allow is not None else ():
         check_foreign(name, job, allow or ())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 _TRY = (
     "Try a smaller learning rate (`optimizer.lr`, and those of `reference` and `finetune`) in another run, or "
-    "`lowrank-pl resume RUN trainer.gradient_clip_val=1`"
+    "`lowrank-pl resume RUN optimizer.lr=...` or trainer.gradient_clip_val=1, from the last checkpoint on"
 )
 
 

@@ -26,6 +26,7 @@ from lowrank_pl.figures import draw_run
 from lowrank_pl.files import write_files
 from lowrank_pl.linalg import singular_energies
 from lowrank_pl.models import load_weights
+from lowrank_pl.reading import first_line
 from lowrank_pl.report import summarize
 from lowrank_pl.run_files import as_json, locked
 from lowrank_pl.runs.directory import Run
@@ -143,7 +144,10 @@ class _Execution:
         extra = {identity: known} if identity is not None and known is not None else {}
         logger: Any = make(save_dir=str(self.directory), prefix=prefix, **extra)
         if identity is not None and known is None:
-            _ = logger.experiment  # which makes the identity
+            try:
+                _ = logger.experiment  # which makes the identity
+            except Exception as error:  # each library has its own: without a login, a server, a network
+                raise ValueError(f"`logger`: {first_line(error)}") from error
             self.run.record(logger_id=logger.version)
         if known is None and not prefix:  # MLflow refuses others later
             logger.log_hyperparams(self.recipe.hyperparameters)

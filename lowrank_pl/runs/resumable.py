@@ -119,6 +119,7 @@ class Resumable(Checkpoint):
             "loader": place,
             "steps": trainer.fit_loop.epoch_loop._batches_that_stepped if self._epoch_start else None,
             "random": _random_state(),
+            "optimizer": _settings(pl_module),
         }
 
     def on_load_checkpoint(
@@ -127,6 +128,27 @@ class Resumable(Checkpoint):
         self._state = checkpoint.get(_KEY)
         if self._state is not None:
             self.last_epoch, self.last_step = self._state["last_epoch"], self._state["last_step"]
+            _change_settings_(checkpoint, self._state.get("optimizer", {}), _settings(pl_module))
+
+
+def _settings(module: pl.LightningModule) -> dict[str, Any]:
+    """What the config says of the optimizer."""
+    return dict(getattr(getattr(module, "optimizer", None), "keywords", {}))
+
+
+def _change_settings_(checkpoint: dict[str, Any], before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Put what has changed since the checkpoint into what Lightning restores: of learning rates the schedule's share,
+    and what a method has made of them, stay."""
+    changed = {key: value for key, value in now.items() if key in before and value != before[key]}
+    groups = [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
+    for group in groups:
+        group.update({key: value for key, value in changed.items() if key in group and key != "lr"})
+    if "lr" in changed and before["lr"]:
+        factor = changed["lr"] / before["lr"]
+        for values in (*groups, *checkpoint["lr_schedulers"]):
+            for key in values.keys() & {"lr", "initial_lr", "base_lrs", "_last_lr"}:
+                old = values[key]
+                values[key] = [each * factor for each in old] if isinstance(old, list) else old * factor
 
 
 def _set_back(progress: Any) -> None:

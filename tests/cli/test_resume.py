@@ -1,6 +1,7 @@
 """`lowrank-pl resume`: what goes on, what is refused, what survives."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -14,6 +15,8 @@ import pytest
 import torch
 from killing import finish, start
 from omegaconf import OmegaConf
+
+from lowrank_pl.cli.changes import show
 
 TRAIN = [
     "train", "model=lenet300", "data.size=8", "targets=all", "decomposition=svd", "trainer.enable_progress_bar=false",
@@ -75,7 +78,7 @@ def test_values_are_changed_shown_and_logged(run: Path, tmp_path: Path) -> None:
     assert resume(tmp_path, "trainer.max_epochs=6", "rank.x=4", "optimizer.lr=0.2") == 0, output(tmp_path)
     shown = output(tmp_path)
     assert "trainer.max_epochs: 200 -> 6  (the schedule goes on as if it had been so from the start)" in shown
-    assert "optimizer.lr: 0.1 -> 0.2  (has no effect: the optimizer's settings are in the checkpoint)" in shown
+    assert "optimizer.lr: 0.1 -> 0.2  (from the checkpoint on)" in shown
     assert "compression.rank.x: 3.0 -> 4" in shown  # which repeats rank.x
     assert epochs(run) == 6
     config = OmegaConf.load(run / "config.yaml")
@@ -85,6 +88,32 @@ def test_values_are_changed_shown_and_logged(run: Path, tmp_path: Path) -> None:
     assert layers[0]["dense"]["params"] / layers[0]["compressed"]["params"] > 3.5
     assert facts(run)["resumed"][0]["overrides"] == "trainer.max_epochs=6 rank.x=4 optimizer.lr=0.2"
     assert len(facts(run)["resumed"][0]["changed"]) == 4
+
+
+def test_settings_of_the_optimizer_take_effect_from_the_checkpoint_on(run: Path, tmp_path: Path) -> None:
+    before = torch.load(kept_checkpoints(run)[-1], weights_only=True)["global_step"]
+    words = ["optimizer.lr=0.02", "optimizer.momentum=0.5", "optimizer.nesterov=false", "trainer.max_epochs=40"]
+    assert resume(tmp_path, *words, "checkpoint_every=1") == 0, output(tmp_path)
+    newest = torch.load(kept_checkpoints(run)[-1], weights_only=True)
+    (group,), (schedule,) = newest["optimizer_states"][0]["param_groups"], newest["lr_schedulers"]
+    assert newest["global_step"] > before
+    assert (group["momentum"], group["nesterov"]) == (0.5, False)
+    assert schedule["base_lrs"] == [group["initial_lr"]] == pytest.approx([0.02])
+    share = (1 + math.cos(math.pi * newest["global_step"] / (40 * 11))) / 2
+    assert group["lr"] == pytest.approx(0.02 * share)
+    with pytest.raises(ValueError, match="state of another optimizer"):
+        show({"optimizer._target_": ("torch.optim.AdamW", "torch.optim.Adam")}, run, force=False)
+
+
+def test_a_smaller_rate_saves_a_run_that_has_diverged_after_a_checkpoint(tmp_path: Path) -> None:
+    words = ["optimizer.lr=1e5", "trainer.max_epochs=6", "hydra.run.dir=copied"]
+    assert finish(*TRAIN, *words, folder=tmp_path) == 3, output(tmp_path)
+    assert kept_checkpoints(tmp_path / "copied")
+    assert finish("report", "copied", folder=tmp_path) == 0
+    assert "diverged: training diverged: the loss" in output(tmp_path).rpartition("copied")[0]
+    assert resume(tmp_path, "label_smoothing=0.1") == 3, output(tmp_path)
+    assert resume(tmp_path, "optimizer.lr=0.001") == 0, output(tmp_path)
+    assert facts(tmp_path / "copied")["status"] == "finished"
 
 
 def test_a_finished_run_has_nothing_to_do_unless_something_is_changed(run: Path, tmp_path: Path) -> None:

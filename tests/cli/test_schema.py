@@ -37,7 +37,7 @@ RIGHT = [
     "checkpoint_every=1 label_smoothing=0 report_train=true channels_last=false product_decay=1e-4",
     "model=lenet5 +model.net.dropout=0 data=mnist trainer.precision=bf16-mixed trainer.deterministic=warn",
     "decomposition=tiled_svd decomposition.run=dense targets=convolutions targets.include=[a,b]",
-    "debug=fast cost=latency paths.references=refs +paths.scratch=here",
+    "debug=fast cost=latency paths.references=refs trainer.max_steps=5 +trainer.min_steps=5",
 ]
 
 

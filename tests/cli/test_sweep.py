@@ -205,6 +205,31 @@ def extend(folder: Path, seed: int, barrier: Any) -> None:
     Sweep.open(folder, [[f"seed={seed}"]], extend=True)
 
 
+@pytest.mark.parametrize("words", [["seed=range(10001)"], ["seed=range(200)", "rank.x=range(1,100)"]])
+def test_a_grid_that_nobody_means_is_refused_at_once(words: list[str], tmp_path: Path) -> None:
+    outcome = attack("sweep", *words, folder=tmp_path, seconds=20)
+    assert (outcome.code, outcome.is_clean) == (1, True)
+    assert outcome.output == "lowrank-pl sweep: expected a grid of at most 10,000 jobs but got more: split it\n"
+
+
+def test_a_manifest_of_too_many_jobs_is_refused_before_they_are_composed(tmp_path: Path) -> None:
+    jobs = {str(number): [f"seed={number}"] for number in range(10_001)}
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    before = time.monotonic()
+    with pytest.raises(ValueError, match=r"sweep\.json: expected at most 10,000 jobs but got 10,001"):
+        Sweep.open(tmp_path, [["seed=1"]], extend=True, check=lambda job: pytest.fail("composed"))
+    assert time.monotonic() - before < 5
+
+
+def test_a_log_that_is_a_hard_link_is_not_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "outside.txt").write_text("mine")
+    os.link(tmp_path / "outside.txt", tmp_path / "0" / "output.log")
+    ended(tmp_path, "raise SystemExit('said')", monkeypatch)
+    assert (tmp_path / "outside.txt").read_text() == "mine"
+    assert (tmp_path / "0" / "output.log").read_text() == "said\n"
+
+
 def test_two_that_extend_a_sweep_at_once_lose_no_job(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     for trial in range(20):

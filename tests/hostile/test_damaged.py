@@ -195,6 +195,17 @@ def test_commands_refuse_ways_out(command: str, run: Path, tmp_path: Path) -> No
     assert (tmp_path / "outside.txt").read_text() == "mine"
 
 
+def test_hard_links_are_not_written_through(run: Path, tmp_path: Path) -> None:
+    outside: dict[Path, bytes] = {}
+    (tmp_path / "outside").mkdir()
+    for number, path in enumerate(path for path in run.rglob("*") if path.is_file()):
+        other = tmp_path / "outside" / str(number)
+        os.link(path, other)
+        outside[other] = path.read_bytes()
+    assert finish("resume", "run", "trainer.max_epochs=4", folder=tmp_path) == 0, (tmp_path / "output.txt").read_text()
+    assert {path: path.read_bytes() for path in outside} == outside
+
+
 def test_a_lock_that_cannot_be_written_does_not_hinder_readers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = os.open
 
