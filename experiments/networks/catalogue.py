@@ -17,8 +17,8 @@ Batch = tuple[Any, ...] | dict[str, Any]  # the arguments of forward
 
 @dataclass(frozen=True)
 class Network:
-    """`make()` gives the module, `batch(n)` its arguments for n inputs. With `tell_batch` the number of inputs cannot be
-    told from the tensors, and `batch_size` is given. Learning-compression asks to exclude what is `frozen`."""
+    """`make()` gives the module, `batch(n)` its arguments for n inputs. With `tell_batch` the tensors do not tell how
+    many, and `batch_size` is given. Learning-compression asks to exclude what is `frozen`."""
 
     name: str
     library: str
@@ -187,7 +187,9 @@ def torchvision_networks() -> list[Network]:
     def convnext() -> nn.Module:
         from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
-        return ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, 64, 1), CNBlockConfig(64, None, 1)], num_classes=10)
+        return ConvNeXt(
+            [CNBlockConfig(16, 32, 1), CNBlockConfig(32, 64, 1), CNBlockConfig(64, None, 1)], num_classes=10
+        )
 
     def lraspp() -> nn.Module:
         from torchvision.models import mobilenet_v3_small
@@ -261,7 +263,8 @@ HUGGING_FACE: dict[str, tuple[str, str, dict[str, Any], Callable[[int], Batch]]]
     "Longformer": ("LongformerModel", "LongformerConfig", BERT | {"attention_window": 4}, _TEXT),
     "ModernBERT": ("ModernBertForSequenceClassification", "ModernBertConfig", BERT | {"pad_token_id": 0}, _TEXT),
     "GPT-2": ("GPT2LMHeadModel", "GPT2Config",
-              {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "use_cache": False}, _TEXT),
+              {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "use_cache": False},
+              _TEXT),
     "GPT-NeoX": ("GPTNeoXForCausalLM", "GPTNeoXConfig", BERT | {"use_cache": False}, _TEXT),
     "OPT": ("OPTForCausalLM", "OPTConfig",
             {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -271,7 +274,8 @@ HUGGING_FACE: dict[str, tuple[str, str, dict[str, Any], Callable[[int], Batch]]]
     "Mixtral": ("MixtralForCausalLM", "MixtralConfig",
                 LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}, _TEXT),
     "Mamba": ("MambaForCausalLM", "MambaConfig",
-              {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "use_cache": False}, _TEXT),
+              {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "use_cache": False},
+              _TEXT),
     "T5": ("T5ForConditionalGeneration", "T5Config", T5, named(input_ids=tokens(), decoder_input_ids=tokens(8))),
     "BART": ("BartForConditionalGeneration", "BartConfig", BART,
              named(input_ids=tokens(), decoder_input_ids=tokens(8))),
@@ -353,10 +357,10 @@ def torchaudio_networks() -> list[Network]:
         "encoder_dropout": 0.0, "encoder_layer_norm_first": False, "encoder_layer_drop": 0.0, "aux_num_out": 12,
     }  # fmt: skip
     tacotron = {
-        "n_mels": 8, "n_symbol": 32, "symbol_embedding_dim": 32, "encoder_embedding_dim": 32, "encoder_n_convolution": 2,
-        "decoder_rnn_dim": 32, "decoder_max_step": 20, "attention_rnn_dim": 32, "attention_hidden_dim": 16,
-        "attention_location_n_filter": 8, "attention_location_kernel_size": 7, "prenet_dim": 16,
-        "postnet_n_convolution": 3, "postnet_embedding_dim": 32,
+        "n_mels": 8, "n_symbol": 32, "symbol_embedding_dim": 32, "encoder_embedding_dim": 32,
+        "encoder_n_convolution": 2, "decoder_rnn_dim": 32, "decoder_max_step": 20, "attention_rnn_dim": 32,
+        "attention_hidden_dim": 16, "attention_location_n_filter": 8, "attention_location_kernel_size": 7,
+        "prenet_dim": 16, "postnet_n_convolution": 3, "postnet_embedding_dim": 32,
     }  # fmt: skip
 
     def speech(n: int) -> Batch:

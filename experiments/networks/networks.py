@@ -9,6 +9,7 @@ Results are lines of JSON in `runs/networks/`; a network whose process crashes o
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import multiprocessing
@@ -198,7 +199,8 @@ def shares(network: Network, dense: nn.Module, extracted: nn.Module) -> dict[str
         else:
             weights["dense"] += p.numel()
             reasons[f"no layer: {type(dense.get_submodule(owner)).__name__}.{leaf}"] += p.numel()
-    report = summarize(dense, extracted, call_of(network, 2), latency=False)
+    call = call_of(network, 2)
+    report = summarize_layers(dense, extracted, record(dense, call, call.batch), latency=False)
     macs = sum(layer.dense.macs or 0 for layer in report.layers if layer.name in done)
     matrices = max(weights["compressed"] + weights["dense"], 1)
     return {
@@ -227,8 +229,8 @@ def counted(net: nn.Module, call: Call) -> int:
 
 
 def costs(network: Network) -> dict[str, Any]:
-    """Multiply-adds for one input by PyTorch's counter, by the report, and by layers' shapes and what is in no layer; and
-    the ranks that a budget gives; at several batch sizes."""
+    """At several batch sizes: multiply-adds for one input by PyTorch's counter, by the report, and by layers' shapes
+    and what is in no layer; and the ranks that a budget gives."""
     found: dict[str, Any] = {"counted": {}, "reported": {}, "by_layers": {}, "ranks": {}, "errors": {}, "ratio": None}
     for n in BATCHES:
         try:
@@ -236,10 +238,11 @@ def costs(network: Network) -> dict[str, Any]:
             found["counted"][n] = counted(build(network, seed=0), call) / n
             trace = record(net, call, call.batch, training=True)
             found["by_layers"][n] = summarize_layers(net, net, trace, latency=False).dense.macs
-            found["lambda"] = _middle_lambda(net, trace)
+            found["lambda"] = _some_lambda(network, net, trace)
             for ratio in RATIOS if found["ratio"] is None else [found["ratio"]]:
                 try:
-                    choices = make_plan(net, "svd", CostBudget("macs", ratio), trace=trace).choose_ranks()
+                    targets = Targets(exclude=network.frozen)
+                    choices = make_plan(net, "svd", CostBudget("macs", ratio), targets, trace).choose_ranks()
                     found["ratio"], found["ranks"][n] = ratio, {name: list(c.rank) for name, c in choices.items()}
                     break
                 except ValueError as error:
@@ -251,10 +254,11 @@ def costs(network: Network) -> dict[str, Any]:
     return found
 
 
-def _middle_lambda(net: nn.Module, trace: Trace) -> float:
-    """At which an average layer would rather lose half of its energy than cost what it does, at the first mu."""
-    macs = [c.layer.macs or 0 for c in make_plan(net, "svd", trace=trace).compressions]
-    return MU0 / 2 * len(macs) / max(sum(macs) / 1e6, 1e-6)
+def _some_lambda(network: Network, net: nn.Module, trace: Trace) -> float:
+    """Where no budget can be reached: at the last mu an average layer is better off without some of its energy."""
+    targets = Targets(exclude=network.frozen)
+    macs = [c.layer.macs or 0 for c in make_plan(net, "svd", targets=targets, trace=trace).compressions]
+    return 3 * MU0 * len(macs) / max(sum(macs) / 1e6, 1e-6)
 
 
 # -- one process for each ------------------------------------------------------------------------------------------
@@ -330,26 +334,29 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    import_libraries()
+    missing = import_libraries()
     for network in [] if options.table else networks():
-        wanted = options.only in (network.name, network.library) if options.only else not path_of(network).exists()
-        if wanted:
+        if network.library in missing:
+            print(f"{network.library} {network.name}: left out, {missing[network.library]}", flush=True)  # noqa: T201
+        elif options.only in (network.name, network.library) if options.only else not path_of(network).exists():
             run(network)
     done = [path_of(network) for network in networks() if path_of(network).exists()]
     write_table([json.loads(path.read_text()) for path in done], ROOT / "docs" / "networks.md")
 
 
-def import_libraries() -> None:
-    """Once, before processes are forked."""
+def import_libraries() -> dict[str, str]:
+    """Once, before processes are forked; what cannot be imported, and why."""
     cuda, torch.version.cuda = torch.version.cuda, None  # type: ignore[assignment]
-    import torchaudio  # noqa: F401  # refuses to be imported beside a PyTorch for another CUDA, on CPUs too
-
-    torch.version.cuda = cuda
-    import diffusers  # noqa: F401
-    import timm  # noqa: F401
-    import transformers
-
-    transformers.logging.set_verbosity_error()
+    problems = {}
+    for name in ("torchaudio", "torchvision", "timm", "transformers", "diffusers"):
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # of any kind: what a library does when it is imported
+            problems[name] = f"{type(error).__name__}: {error}"
+        torch.version.cuda = cuda  # beside a PyTorch for another CUDA torchaudio would not be imported, on CPUs too
+    if "transformers" not in problems:
+        sys.modules["transformers"].logging.set_verbosity_error()
+    return problems
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, relu
@@ -31,7 +33,9 @@ def tcn() -> nn.Module:
     for i, (a, b) in enumerate([(16, 32), (32, 32), (32, 32)]):
         d = 2**i
         layers += [weight_norm(nn.Conv1d(a, b, 3, padding=d, dilation=d)), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Conv1d(32, 32, 1), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(32, 5))
+    return nn.Sequential(
+        *layers, nn.Conv1d(32, 32, 1), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(32, 5)
+    )
 
 
 def discriminator() -> nn.Module:
@@ -64,7 +68,7 @@ class UNet3d(nn.Module):
 
 def autoencoder() -> nn.Module:
     sizes = (64, 48, 16, 48, 64)
-    layers = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.GELU())]
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.GELU())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -117,7 +121,9 @@ class LoRALinear(nn.Module):
 
 
 def lora() -> nn.Module:
-    return nn.Sequential(LoRALinear(32, 64), nn.ReLU(), LoRALinear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
+    return nn.Sequential(
+        LoRALinear(32, 64), nn.ReLU(), LoRALinear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)
+    )
 
 
 class TiedLM(nn.Module):
@@ -125,7 +131,11 @@ class TiedLM(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding, self.rnn, self.middle = nn.Embedding(64, 32), nn.GRU(32, 32, batch_first=True), nn.Linear(32, 32)
+        self.embedding, self.rnn, self.middle = (
+            nn.Embedding(64, 32),
+            nn.GRU(32, 32, batch_first=True),
+            nn.Linear(32, 32),
+        )
         self.head = nn.Linear(32, 64, bias=False)
         self.head.weight = self.embedding.weight
 
@@ -139,7 +149,10 @@ class Experts(nn.Module):
     def __init__(self, experts: int = 4) -> None:
         super().__init__()
         self.into, self.router, self.head = nn.Linear(32, 32), nn.Linear(32, experts), nn.Linear(32, 5)
-        self.up, self.down = nn.Parameter(torch.randn(experts, 32, 64) / 8), nn.Parameter(torch.randn(experts, 64, 32) / 8)
+        self.up, self.down = (
+            nn.Parameter(torch.randn(experts, 32, 64) / 8),
+            nn.Parameter(torch.randn(experts, 64, 32) / 8),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.into(x)
@@ -178,7 +191,9 @@ class DLRM(nn.Module):
         self.top = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 1))
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        vectors = torch.stack([self.bottom(x), *(bag(i[:, None]) for bag, i in zip(self.bags, ids.unbind(1), strict=True))], 1)
+        vectors = torch.stack(
+            [self.bottom(x), *(bag(i[:, None]) for bag, i in zip(self.bags, ids.unbind(1), strict=True))], 1
+        )
         rows, columns = torch.triu_indices(5, 5, 1)
         return self.top((vectors @ vectors.mT)[:, rows, columns])
 

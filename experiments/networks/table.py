@@ -13,12 +13,12 @@ EXACT = 1e-3  # of outputs; every layer has been compared in float64 when it was
 
 HEAD = """# Networks
 
-What the package makes of {count} networks from five libraries, as they are: every network is trained for four steps with
-`DeepTwist(S_D=2)` and with `LearningCompression` (three C steps, to a budget of half of the multiply-adds, or the next of
-0.75 and 0.9 that can be reached), and given to `compress()`; everything else is a default. **Weights are random and widths
-tiny** (thousands of weights, not millions): this shows what works, what takes part and what is counted, and nothing about
-accuracy or speed. In tiny networks the first convolution and the last linear layer, which stay dense by default, are a
-large share; in real ones they are a small one.
+What the package makes of {count} networks, as they are: every network is trained for four steps with
+`DeepTwist(S_D=2)` and with `LearningCompression` (three C steps, to a budget of half of the multiply-adds, or the
+next of 0.75 and 0.9 that can be reached), and given to `compress()`; everything else is a default. **Weights are
+random and widths tiny** (thousands of weights, not millions): this shows what works, what takes part and what is
+counted, and nothing about accuracy or speed. In tiny networks the first convolution and the last linear layer,
+which stay dense by default, are a large share; in real ones they are a small one.
 
 ```bash
 {command}
@@ -30,14 +30,15 @@ large share; in real ones they are a small one.
 |---|---:|
 {summary}
 
-**ok**: the fit ended, the network was saved, `load_compressed` on a fresh instance gave the same outputs, and extracted and
-projected network agree to {exact:.0e} of their outputs' norm in evaluation mode; `dense`: so, but no layer was compressed.
-**weights**: all parameters. **share**: of matrices and convolution kernels, what DeepTwist compressed; in brackets with
-embeddings and other tables. **MACs**: share of the multiply-adds in these layers. **extracted**: relative difference
-between extracted and projected outputs, the largest of the three. **counted**: multiply-adds of one input by the report /
-by layers' shapes (what budgets go by), as ratios to `FlopCounterMode`'s, at batch size 1, 2, 8 or 32, wherever they are
-farthest from 1. **ranks**: whether a budget gives the same ranks at these batch sizes. **stays dense**: shares of the
-matrices and kernels, and why.
+**ok**: the fit ended, the network was saved, `load_compressed` on a fresh instance gave the same outputs, and
+extracted and projected network agree to {exact:.0e} of their outputs' norm in evaluation mode; `dense`: so, but no
+layer was compressed. **weights**: all parameters. **share**: of matrices and convolution kernels, what DeepTwist
+compressed; in brackets with embeddings and other tables. **MACs**: share of the multiply-adds in these layers.
+**extracted**: relative difference between extracted and projected outputs, the largest of the three. **counted**:
+multiply-adds of one input by the report / by layers' shapes (what budgets go by), from batches of 1, 2, 8 and 32
+inputs, as ratios to what `FlopCounterMode` counts for a batch of one, wherever they are farthest from 1.
+**ranks**: whether a budget gives the same ranks at these batch sizes. **stays dense**: shares of the matrices and
+kernels, and why.
 """
 COLUMNS = ["network", "weights", "DeepTwist", "LC", "compress", "share", "MACs", "extracted", "counted", "ranks",
            "stays dense"]  # fmt: skip
@@ -53,7 +54,7 @@ def write_table(results: list[dict[str, Any]], path: Path) -> None:
         count=len(results),
         command="python experiments/networks/networks.py",
         date=date.today().isoformat(),
-        versions=", ".join(f"{name} {version(name)}" for name in [*libraries, "pytorch-lightning"]),
+        versions=", ".join(f"{name} {version(name)}" for name in [*libraries, "pytorch-lightning", "lowrank_pl"]),
         summary="\n".join(f"| {what} | {count} of {len(results)} |" for what, count in _summary(results)),
         exact=EXACT,
     )
@@ -70,9 +71,12 @@ def write_table(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def _summary(results: list[dict[str, Any]]) -> list[tuple[str, int]]:
-    rows = [(f"{name} ok", sum(not _problem(r[method]) for r in results))
-            for name, method in zip(("DeepTwist", "LearningCompression", "compress"), METHODS, strict=True)]  # fmt: skip
+    named = {"DeepTwist": "deeptwist", "LearningCompression": "lc", "compress": "compress"}
+    rows = [(f"{name} ok", sum(not _problem(r[method]) for r in results)) for name, method in named.items()]
     rows.append(("all three ok", sum(not any(_problem(r[method]) for method in METHODS) for r in results)))
+    rows.append(
+        ("of these, nothing compressed", sum(not any(r[m].get("compressed") for m in METHODS) for r in results))
+    )
     rows.append(("MACs within 1 % of PyTorch's", sum(abs((_ratio(r, "reported") or 0) - 1) < 0.01 for r in results)))
     rows.append(("the same by layers' shapes", sum(abs((_ratio(r, "by_layers") or 0) - 1) < 0.01 for r in results)))
     rows.append(("same ranks at batch sizes 1, 2, 8, 32", sum(_same_ranks(r) == "same" for r in results)))
@@ -139,11 +143,10 @@ def _problems(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _ratio(result: dict[str, Any], kind: str) -> float | None:
-    """The one that is farthest from 1."""
+    """To what PyTorch counts at batch size 1, at the batch size where it is farthest from 1."""
     costs = result["costs"]
-    if not costs.get("counted") or "error" in costs:
-        return None
-    ratios = [(costs[kind][n] or 0) / counted for n, counted in costs["counted"].items() if counted and n in costs[kind]]
+    one = costs.get("counted", {}).get("1")
+    ratios = [(macs or 0) / one for macs in costs.get(kind, {}).values()] if one else []
     return max(ratios, key=lambda ratio: abs(ratio - 1)) if ratios else None
 
 
@@ -154,6 +157,8 @@ def _counted(result: dict[str, Any]) -> str:
 
 def _same_ranks(result: dict[str, Any]) -> str:
     ranks = result["costs"].get("ranks", {})
+    if ranks and not any(ranks.values()):
+        return "no layer"
     other = [n for n, found in ranks.items() if found != next(iter(ranks.values()))]
     missing = [n for n in result["costs"].get("errors", {})]
     return ", ".join(
@@ -162,6 +167,8 @@ def _same_ranks(result: dict[str, Any]) -> str:
 
 
 SHORT = [
+    (r"^TiledSVD needs groups of more than one channel", "depthwise: not for TiledSVD"),
+    (r"^never called: (another module|attention) reads its weight.*", "weight read by another module"),
     (r"^the first convolution.*", "first convolution"),
     (r"^the last linear layer.*", "last linear layer"),
     (r"^\w+(\(.*?\))? of rank [\d, ]+ has .* weights", "no cheaper"),
