@@ -255,10 +255,10 @@ def costs(network: Network) -> dict[str, Any]:
 
 
 def _some_lambda(network: Network, net: nn.Module, trace: Trace) -> float:
-    """Where no budget can be reached: at the last mu an average layer is better off without some of its energy."""
+    """Where no budget can be reached; large, for the fit is too short for weights to come near their projections."""
     targets = Targets(exclude=network.frozen)
     macs = [c.layer.macs or 0 for c in make_plan(net, "svd", targets=targets, trace=trace).compressions]
-    return 3 * MU0 * len(macs) / max(sum(macs) / 1e6, 1e-6)
+    return 10 * MU0 * len(macs) / max(sum(macs) / 1e6, 1e-6)
 
 
 # -- one process for each ------------------------------------------------------------------------------------------

@@ -64,7 +64,10 @@ def write_table(results: list[dict[str, Any]], path: Path) -> None:
         for result in by_library[library]:
             text += f"| {' | '.join(_row(result))} |\n"
             failed += [(result["name"], what, problem) for what, problem in _problems(result)]
-    text += "\n## What fails\n\n| network | where | what it says |\n|---|---|---|\n" if failed else ""
+    text += "\n## What stays dense, and why\n\n| reason | networks | share there, mean |\n|---|---:|---:|\n"
+    text += "".join(f"| {_safe(reason)} | {len(shares)} | {sum(shares) / len(shares):.0%} |\n"
+                    for reason, shares in _all_reasons(results))  # fmt: skip
+    text += "\n## What fails or differs\n\n| network | where | what it says |\n|---|---|---|\n" if failed else ""
     text += "".join(f"| {name} | {what} | {_safe(problem)} |\n" for name, what, problem in failed)
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
@@ -174,17 +177,34 @@ SHORT = [
     (r"^\w+(\(.*?\))? of rank [\d, ]+ has .* weights", "no cheaper"),
     (r"^its weight is ", "weight "),
     (r"^no layer: ", ""),
+    (r"^((?:LSTM|GRU|RNN)\.weight)_.*", r"\1"),
+    (r"^ParameterList\.\d+", "ParameterList"),
 ]
 
 
-def _reasons(reasons: dict[str, float], most: int = 4) -> str:
+def _together(reasons: dict[str, float]) -> Counter[str]:
+    """Shares by short reasons."""
     together: Counter[str] = Counter()
     for reason, share in reasons.items():
         for pattern, short in SHORT:
             reason = re.sub(pattern, short, reason)
         together[reason] += share  # type: ignore[assignment]
-    shown = [f"{share:.0%} {reason}" for reason, share in together.most_common(most) if share >= 0.005]
+    return together
+
+
+def _reasons(reasons: dict[str, float], most: int = 4) -> str:
+    shown = [f"{share:.0%} {reason}" for reason, share in _together(reasons).most_common(most) if share >= 0.005]
     return _safe("; ".join(shown))
+
+
+def _all_reasons(results: list[dict[str, Any]], least: float = 0.005) -> list[tuple[str, list[float]]]:
+    """The shares of every reason, those of most networks first."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for result in results:
+        for reason, share in _together(result["deeptwist"].get("dense", {})).items():
+            if share >= least:
+                found[reason].append(share)
+    return sorted(found.items(), key=lambda item: (-len(item[1]), -sum(item[1])))
 
 
 def _safe(text: str) -> str:
