@@ -34,11 +34,13 @@ which stay dense by default, are a large share; in real ones they are a small on
 extracted and projected network agree to {exact:.0e} of their outputs' norm in evaluation mode; `dense`: so, but no
 layer was compressed. **weights**: all parameters. **share**: of matrices and convolution kernels, what DeepTwist
 compressed; in brackets with embeddings and other tables. **MACs**: share of the multiply-adds in these layers.
-**extracted**: relative difference between extracted and projected outputs, the largest of the three. **counted**:
-multiply-adds of one input by the report / by layers' shapes (what budgets go by), from batches of 1, 2, 8 and 32
-inputs, as ratios to what `FlopCounterMode` counts for a batch of one, wherever they are farthest from 1.
-**ranks**: whether a budget gives the same ranks at these batch sizes. **stays dense**: shares of the matrices and
-kernels, and why.
+**extracted**: relative difference between extracted and projected outputs, the largest of the three. It says
+little of networks whose blocks begin scaled by 1e-5 or so (layer scale: `vit_srelpos_small`,
+`vit_base_patch16_rope` and others): there the comparison of every layer in float64, at extraction, is what counts.
+**counted**: multiply-adds of one input by the report / by layers' shapes (what budgets go by), from batches of 1,
+2, 8 and 32 inputs, as ratios to what `FlopCounterMode` counts for a batch of one, wherever they are farthest from
+1. **ranks**: whether a budget gives the same ranks at these batch sizes. **stays dense**: shares of the matrices
+and kernels, and why.
 """
 COLUMNS = ["network", "weights", "DeepTwist", "LC", "compress", "share", "MACs", "extracted", "counted", "ranks",
            "stays dense"]  # fmt: skip
