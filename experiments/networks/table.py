@@ -38,8 +38,8 @@ compressed; in brackets with embeddings and other tables. **MACs**: share of the
 little of networks whose blocks begin scaled by 1e-5 or so (layer scale: `vit_srelpos_small`,
 `vit_base_patch16_rope` and others): there the comparison of every layer in float64, at extraction, is what counts.
 **counted**: multiply-adds of one input by the report / by layers' shapes (what budgets go by), from batches of 1,
-2, 8 and 32 inputs, as ratios to what `FlopCounterMode` counts for a batch of one, wherever they are farthest from
-1. **ranks**: whether a budget gives the same ranks at these batch sizes. **stays dense**: shares of the matrices
+2, 8 and 32 inputs, as ratios to what `FlopCounterMode` counts for a batch of one, wherever they are farthest
+from 1. **ranks**: whether a budget gives the same ranks at these batch sizes. **stays dense**: shares of the matrices
 and kernels, and why.
 """
 COLUMNS = ["network", "weights", "DeepTwist", "LC", "compress", "share", "MACs", "extracted", "counted", "ranks",
