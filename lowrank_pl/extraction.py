@@ -44,8 +44,8 @@ def compress(
     `method`, `rank` (default `CompressionRatio(2.0)`) and `targets` as for `DeepTwist`. With `example_input` (a tensor,
     a tuple of arguments, or `lowrank_pl.Call(kwargs=...)`, of `batch_size` inputs where its tensors do not
     tell) the model runs once: layers that it never calls stay dense, "first" and "last" follow the order of running,
-    and the copy is verified on the layers' real inputs. Without it the order of registration counts, and a layer whose
-    weight another module reads directly is recognized only inside `nn.MultiheadAttention`.
+    and the copy is verified on the layers' real inputs. Without it the order of registration counts, parameters of
+    modules that are no layers stay dense, and nobody knows of weights that other modules read.
 
     Layers that an earlier call has compressed stay as they are. Raises `RuntimeError` where the copy, as a whole or one
     of its layers, does not compute what the model with projected weights does.
@@ -57,8 +57,8 @@ def compress(
         raise ValueError(f"The model does not run on argument `example_input`: {error}") from error
     plan = make_plan(model, method, rank, targets, trace)
     if not plan.compressions and isinstance(rank, (CostBudget, GreedyEnergy)):
-        reasons = "; ".join(dict.fromkeys(plan.dense.values())) or "it has no linear layer or convolution"
-        raise ValueError(f"A budget of {rank.ratio:g} cannot be reached: no layer takes part ({reasons})")
+        words = "; ".join(dict.fromkeys(plan.dense.values())) or "it has no linear layer or convolution"
+        raise ValueError(f"A budget of {rank.ratio:g} cannot be reached: no layer takes part ({words})")
     problems = plan.problems()
     choices = plan.choose_ranks(problems)
     notes = {c.name: c.note(choices[c.name]) for c in plan.compressions}
@@ -123,7 +123,8 @@ def extract(
         for head in heads_of(maps, name):
             entries[head], notes[head] = {**entries[name], "tied": name}, f"the weight of {name}"
     if not entries:
-        warnings.warn("No layer was compressed: all of them stay dense. See the table of reasons.", stacklevel=2)
+        words = "; ".join(dict.fromkeys(filter(None, notes.values()))) or "it has no layers"
+        warnings.warn(f"No layer was compressed: all of them stay dense ({words})", stacklevel=2)
     extracted = deploy(extracted, parts)
     setattr(extracted, RECORD, {"layers": earlier["layers"] | entries, "notes": notes})
     return extracted

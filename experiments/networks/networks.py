@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl import (
+    Call,
     CostBudget,
     DeepTwist,
     ExtractStructure,
@@ -47,10 +48,12 @@ from lowrank_pl import (
     save_compressed,
     summarize,
 )
+from lowrank_pl.adapters import LinearMap, find_maps
 from lowrank_pl.callbacks import CompressionCallback
 from lowrank_pl.extraction import RECORD
 from lowrank_pl.report import summarize_layers
-from lowrank_pl.surgery import Call, Trace, find_layers, num_parameters, record
+from lowrank_pl.surgery import num_parameters
+from lowrank_pl.tracing import FUSED, Trace, record
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "runs" / "networks"
@@ -170,7 +173,9 @@ def by_compress(network: Network, folder: Path) -> dict[str, Any]:
     projected = build(network, seed=0)
     with torch.no_grad():
         for name in getattr(small, RECORD)["layers"]:  # what stands in place of a layer shows the weight it stands for
-            find_layers(projected)[name].weight.copy_(small.get_submodule(name).weight.clone())  # type: ignore
+            stands = small.get_submodule(name)
+            weight = getattr(stands, "factors", stands).weight.clone()  # type: ignore[operator]
+            find_maps(projected)[name].write_(weight)
     return check(network, projected, small, folder)
 
 
@@ -183,22 +188,24 @@ def shares(network: Network, dense: nn.Module, extracted: nn.Module) -> dict[str
     Weights are parameters with at least two axes longer than 1; tables are embeddings, positions and tokens.
     """
     done, notes = (getattr(extracted, RECORD)[key] for key in ("layers", "notes"))
-    layers = find_layers(dense)
-    embeddings = {id(m.weight) for m in dense.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     weights: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for name, p in dense.named_parameters():  # tied ones once
-        owner, _, leaf = re.sub(r"\.parametrizations\.weight\.\w+$", ".weight", name).rpartition(".")
-        if sum(n > 1 for n in p.shape) < 2:
+    known, seen = set(), set()
+    for name, each in find_maps(dense).items():
+        known |= {id(p) for p in each.parameters}
+        place = (id(each.parameters[0]), each.key)
+        if place in seen:  # tied ones once
             continue
-        if id(p) in embeddings or (owner not in layers and TABLES.search(leaf)):
-            weights["tables"] += p.numel()
-        elif owner in layers and leaf == "weight":
-            weights["compressed" if owner in done else "dense"] += p.numel()
-            reasons[notes.get(owner, "no reason given")] += 0 if owner in done else p.numel()
-        else:
+        seen.add(place)
+        kind = "tables" if is_table(each) else "compressed" if name in done else "dense"
+        weights[kind] += each.layer.num_weights
+        if kind == "dense":
+            reasons[notes.get(name) or "no reason given"] += each.layer.num_weights
+    for name, p in dense.named_parameters():
+        if sum(n > 1 for n in p.shape) >= 2 and id(p) not in known:
+            owner, _, leaf = name.rpartition(".")
             weights["dense"] += p.numel()
-            reasons[f"no layer: {type(dense.get_submodule(owner)).__name__}.{leaf}"] += p.numel()
+            reasons[f"no adapter: {type(dense.get_submodule(owner)).__name__}.{leaf}"] += p.numel()
     call = call_of(network, 2)
     report = summarize_layers(dense, extracted, record(dense, call, call.batch), latency=False)
     macs = sum(layer.dense.macs or 0 for layer in report.layers if layer.name in done)
@@ -209,6 +216,12 @@ def shares(network: Network, dense: nn.Module, extracted: nn.Module) -> dict[str
         "share_of_macs": macs / max(report.dense.macs or 0, 1),
         "dense": {reason: n / matrices for reason, n in reasons.most_common() if n},
     }
+
+
+def is_table(each: LinearMap) -> bool:
+    """An embedding, or positions and tokens that are added, not multiplied by."""
+    is_embedding = isinstance(each.module, (nn.Embedding, nn.EmbeddingBag))
+    return is_embedding or (each.adapter.shown_by_running and TABLES.search(each.name) is not None)
 
 
 # -- costs ---------------------------------------------------------------------------------------------------------
@@ -222,7 +235,7 @@ def counted(net: nn.Module, call: Call) -> int:
     with (
         torch.backends.mkldnn.flags(enabled=False),  # whose recurrent networks are one operation that it does not know
         sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
+        FlopCounterMode(display=False, custom_mapping=FUSED) as counter,
     ):
         net(*call.args, **call.kwargs)
     return int(counter.get_total_flops()) // 2

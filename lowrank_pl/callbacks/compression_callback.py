@@ -303,6 +303,13 @@ def _check_supported(trainer: pl.Trainer, name: str) -> None:
             f"{name} needs whole weights on every device, but {type(trainer.strategy).__name__} shards them: use "
             "strategy='ddp' or a single device"
         )
+    others = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]  # type: ignore[attr-defined]
+    if len(others) > 1:
+        names = " and ".join(type(other).__name__ for other in others)
+        raise ValueError(
+            f"Expected one compressing callback in a fit but got {names}: to treat layers differently, give one of "
+            "them mappings from layers' names to methods and ranks"
+        )
     if any("ModelPruning" in _bases(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise ValueError(
             f"{name} and ModelPruning cannot change the same weights in one fit: prune in a fit of its own, before or "

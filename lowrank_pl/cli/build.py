@@ -13,13 +13,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from lowrank_pl.adapters import find_maps
 from lowrank_pl.callbacks import CompressionCallback, LearningCompression
 from lowrank_pl.cli.configs import flat
 from lowrank_pl.models import load_weights
 from lowrank_pl.planning import make_plan
 from lowrank_pl.run_files import key_of
 from lowrank_pl.runs import Recipe, Training
-from lowrank_pl.surgery import find_layers
 from lowrank_pl.targets import check_patterns
 
 
@@ -89,7 +89,7 @@ def _check_patterns(net: nn.Module, compression: Any) -> None:
             make_plan(module, compression.method, compression.rank, compression.targets)
             most = getattr(compression.rank, "most", None)
             patterns = [pattern for pattern, _ in most] if isinstance(most, tuple) else []
-            check_patterns(patterns, find_layers(module), "most")
+            check_patterns(patterns, find_maps(module), "most")
         elif isinstance(compression, partial):
             given = {key: value for key, value in compression.keywords.items() if key in ("method", "rank", "targets")}
             make_plan(module, **given)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 SAMPLES = 2  # inputs kept per layer, to verify the extracted layer on
 
@@ -70,19 +70,44 @@ def few(call: Call, batch: int) -> Call | None:
     held = list(leaves(call))
     if not all(isinstance(x, _PLAIN) for x in held):
         return None
-    if not any(isinstance(x, Tensor) and batch in x.shape[:2] for x in held):
+    if not any(isinstance(x, Tensor) and batch in x.shape[:2] for x in held) and not _has_samples(call, batch):
         return None
     return with_inputs(call, batch, min(SAMPLES, batch))
 
 
 def with_inputs(call: Call, batch: int, count: int) -> Call:
-    """A copy of a call on a batch of so many inputs, with `count` of them, repeated as needed. A tensor holds inputs
-    along its first axis or, sequence first, its second, if that has the batch's size; else it is the same for all."""
+    """A copy of a call on a batch of so many inputs, with `count` of them, repeated as needed.
 
-    def resized(x: Tensor) -> Tensor:
-        axes = [axis for axis, n in enumerate(x.shape[:2]) if n == batch]
-        places = torch.arange(count, device=x.device) % batch
-        return x.detach().index_select(axes[0], places) if axes else x.detach().clone()
+    A tensor holds inputs along its first axis or, sequence first, its second, if that has the batch's size: along the
+    one along which all tensors do, where there is one. Else it is the same for all. A list of as many things is one of
+    samples, unless its tensors are batches themselves.
+    """
+    tensors = [x for x in leaves(call) if isinstance(x, Tensor)]
+    common = [axis for axis in (0, 1) if tensors and all(x.shape[axis : axis + 1] == (batch,) for x in tensors)]
 
-    args, kwargs = tree_map_only(Tensor, resized, (call.args, dict(call.kwargs)))
+    def resized(value: Any) -> Any:
+        if isinstance(value, list) and _is_of_samples(value, batch):
+            return [_detached(value[i % batch]) for i in range(count)]
+        if isinstance(value, Tensor):
+            axes = common or [axis for axis, n in enumerate(value.shape[:2]) if n == batch]
+            places = torch.arange(count, device=value.device) % batch
+            return value.detach().index_select(axes[0], places) if axes else value.detach().clone()
+        return value
+
+    whole = lambda value: isinstance(value, list) and _is_of_samples(value, batch)  # noqa: E731
+    args, kwargs = tree_map(resized, (call.args, dict(call.kwargs)), is_leaf=whole)
     return Call(args, kwargs, count)
+
+
+def _has_samples(call: Call, batch: int) -> bool:
+    parts = tree_leaves((call.args, dict(call.kwargs)), is_leaf=lambda value: isinstance(value, list))
+    return any(isinstance(part, list) and _is_of_samples(part, batch) for part in parts)
+
+
+def _is_of_samples(value: list[Any], batch: int) -> bool:
+    tensors = [x for x in leaves(value) if isinstance(x, Tensor)]
+    return len(value) == batch and bool(tensors) and not all(x.shape[:1] == (batch,) for x in tensors)
+
+
+def _detached(sample: Any) -> Any:
+    return tree_map_only(Tensor, lambda x: x.detach().clone(), sample)

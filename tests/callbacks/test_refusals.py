@@ -5,7 +5,7 @@ import torch
 from nets import Module, Net, distance, loader, quiet_trainer, ranks, weights
 from pytorch_lightning.strategies import FSDPStrategy, SingleDeviceStrategy
 
-from lowrank_pl import DeepTwist, ExtractStructure, FixedRank, Targets
+from lowrank_pl import CostBudget, DeepTwist, ExtractStructure, FixedRank, LearningCompression, Targets
 
 
 @pytest.mark.parametrize("S_D", [0, -3, True, 2.0, "200", None])
@@ -95,3 +95,9 @@ def test_all_layers_stay_dense(tmp_path, recwarn):
     assert max(ranks(module.net).values()) > 10
     assert distance(weights(extract.extracted), weights(module)) == 0
     assert any("stay dense" in str(warning.message) for warning in recwarn)
+
+
+def test_two_methods_in_one_fit(tmp_path):
+    both = DeepTwist(), LearningCompression(budget=CostBudget("params", 0.5), l_step_epochs=1)
+    with pytest.raises(ValueError, match=r"one compressing callback .* DeepTwist and LearningCompression"):
+        quiet_trainer(tmp_path, *both, max_epochs=1).fit(Module(), loader())
