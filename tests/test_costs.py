@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl import CostBudget, CostPenalty, GreedyEnergy, compress
+from lowrank_pl.adapters import find_maps
 from lowrank_pl.compression import Compression
 from lowrank_pl.costs import Latency, Macs, Params, price, resolve_cost
 from lowrank_pl.costs import latency as latency_module
@@ -113,7 +114,7 @@ def test_latency_of_several_entries_and_of_a_choice(monkeypatch, tmp_path):
         assert own == {rank: price_of(latency, CONV, decomposition, rank) for rank in own}
         assert found.costs[found.index(DENSE)] == latency(CONV)
         assert found.costs[found.index(ZERO)] == 0
-    both = Compression("", nn.Identity(), CONV, Cheapest("svd", "tucker2"), CostPenalty(1.0, latency))
+    both = Compression(find_maps(nn.Conv2d(12, 20, 3))[""], CONV, Cheapest("svd", "tucker2"), CostPenalty(1.0, latency))
     assert both.cost(latency, both.from_list([1, 5, 4])) == price_of(latency, CONV, Tucker2(), (5, 4))
     assert both.cost(latency, both.from_list([1, 12, 20])) == latency(CONV)  # no cheaper in weights
     linear = LayerSpec("linear", 30, 20, inputs=((4,),))

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl import BlockSVD, FixedRank, SpatialSVD, Targets, TiledSVD, Tucker2, compress, make_plan, summarize
+from lowrank_pl.adapters import find_maps
 from lowrank_pl.evaluation import evaluate
 from lowrank_pl.report import median_ms, print_plan
 from lowrank_pl.surgery import is_same_computation
@@ -343,8 +344,9 @@ def test_recurrent_networks_are_counted():
     macs = sum(p.numel() for p in net.parameters() if p.dim() == 2) * 5
     x = torch.randn(3, 5, 8)
     assert summarize(net, net, x, latency=False).dense.macs == macs
-    trace = record(nn.Sequential(net), x)
-    assert sum(trace.rest.values()) == 3 * macs
+    trace, maps = record(nn.Sequential(net), x), find_maps(nn.Sequential(net))
+    assert sum(trace.on(name, each.layer).macs for name, each in maps.items()) == macs
+    assert trace.rest == {}
 
 
 def test_batches_in_dictionaries():

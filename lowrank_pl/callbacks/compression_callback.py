@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import pytorch_lightning as pl
 import torch
 
+from lowrank_pl.adapters import obstacles
 from lowrank_pl.callbacks.listener import Listener
 from lowrank_pl.callbacks.quiet import batch_norms, check_copyable, recalibrate_batch_norms_
 from lowrank_pl.callbacks.swap import Swap
@@ -100,6 +101,7 @@ class CompressionCallback(pl.Callback, ABC):
             self._joined, self._left, self._joins = set(), set(), True
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        obstacles(pl_module)  # raises for adapters that do not write what they read
         for name in ("monitor_loss", "recalibrate_bn"):
             if getattr(self, name, False) and not pl_module.automatic_optimization:
                 raise ValueError(

@@ -28,7 +28,7 @@ class FactorChain(nn.Sequential):
     `layout` knows how the factors make the weight.
     """
 
-    __jit_unused_properties__ = ("bias", "weight")  # for torch.jit.script
+    __jit_unused_properties__ = ("bias", "is_pair", "weight")  # for torch.jit.script
 
     def __init__(self, links: list[nn.Module], layout: _Layout) -> None:
         super().__init__(*links)

@@ -1,7 +1,9 @@
 """What a network does when it runs: listen to its layers, count, and keep what they were called with."""
 
 from lowrank_pl.tracing.calls import SAMPLES, Call, count_inputs, with_inputs
-from lowrank_pl.tracing.recorder import FUSED, Recorder, eager, record, run
+from lowrank_pl.tracing.counter import FUSED
+from lowrank_pl.tracing.record import record, run
+from lowrank_pl.tracing.recorder import Recorder, eager
 from lowrank_pl.tracing.trace import NEVER_BUT_READ, READ, Trace
 
 __all__ = [

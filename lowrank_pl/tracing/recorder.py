@@ -15,50 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from lowrank_pl.adapters import LinearMap, find_maps
 from lowrank_pl.layers import LAYER_TYPES, LazyWeight, Source, spec_of
 from lowrank_pl.names import clean_name
-from lowrank_pl.surgery import detached_copy
-from lowrank_pl.tracing.calls import SAMPLES, Call, count_inputs, few, leaves
+from lowrank_pl.tracing.calls import SAMPLES, Call, few, leaves
+from lowrank_pl.tracing.counter import MultiplyAdds
 from lowrank_pl.tracing.trace import Trace, join
-
-
-def _count_lstm(x: Tensor, input_weight: Tensor, hidden_weight: Tensor, *_: Any, **__: Any) -> int:
-    """FLOPs of one direction of one layer: every vector meets both matrices."""
-    return 2 * x.shape[:-1].numel() * (input_weight.numel() + hidden_weight.numel())
-
-
-def _count_grouped(x: Tensor, matrices: Tensor, *_: Any, **__: Any) -> int:
-    """FLOPs of `grouped_mm`: every row meets one of the matrices `[groups, in, out]`."""
-    return 2 * x.numel() * matrices.shape[-1]
-
-
-# fused operations, of which PyTorch's counter knows nothing
-_count_lstm._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode: tensors, not shapes
-_count_grouped._get_raw = True  # type: ignore[attr-defined]
-FUSED = {torch.ops.aten.mkldnn_rnn_layer: _count_lstm, torch.ops.aten._grouped_mm: _count_grouped}
-
-
-class _Counter(TorchDispatchMode):
-    """Counts multiply-adds as `FlopCounterMode` does, but leaves gradients and module hooks alone."""
-
-    def __init__(self, hear: Callable[[int], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.hear = hear
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        packet = func._overloadpacket
-        if packet in FUSED:
-            count: Any = FUSED[packet]
-            self.hear(count(*args, **kwargs) // 2)
-        elif packet in flop_registry:
-            self.hear(flop_registry[packet](*args, **kwargs, out_val=out) // 2)
-        return out
 
 
 class Recorder:
@@ -165,7 +128,7 @@ class Recorder:
             self._network = name
         if name not in self._trace.called:
             self._trace.called.append(name)
-        self._counting.enter_context(_Counter(self._hear_macs))
+        self._counting.enter_context(MultiplyAdds(self._hear_macs))
 
     def _leave(self, *_: Any) -> None:
         self._inside.pop()
@@ -216,9 +179,11 @@ class Recorder:
             self._trace.normed.append(name)
 
     def _hear(self, heard: LinearMap, x: Tensor, where: str) -> None:
-        name, axes = heard.name, len(heard.layer.kernel)
+        # lazy ones know their shape now
+        spec = spec_of(heard.module) if isinstance(heard.module, LAYER_TYPES) else heard.layer
+        name, axes = heard.name, len(spec.kernel)
         batched = x.dim() > (axes + 1 if axes else 1)
-        alone = self._trace.batch > 1 and (not batched or x.shape[0] == 1)
+        alone = heard.is_layer and self._trace.batch > 1 and (not batched or x.shape[0] == 1)
         x = x.reshape(-1, *x.shape[-axes - 1 :])
         sizes, size = self._trace.calls.setdefault(name, {}), tuple(x.shape[2:])
         if alone:
@@ -227,7 +192,6 @@ class Recorder:
         else:
             sizes[size] = sizes.get(size, 0) + x.shape[0]
         join(self._trace.networks, name, self._network)
-        spec = spec_of(heard.module) if isinstance(heard.module, LAYER_TYPES) else heard.layer  # lazy ones know it now
         self._explain(where, name, spec.with_(inputs=((x.shape[0], *size),)).macs or 0)
         if name not in self._trace.samples:
             self._trace.samples[name] = x[:SAMPLES].clone()
@@ -309,55 +273,3 @@ def eager() -> AbstractContextManager[None]:
         return nullcontext()
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
-
-
-def record(model: nn.Module, example_input: Any, batch_size: int | None = None, training: bool = False) -> Trace:
-    """The trace of a forward pass of a copy in evaluation mode, without gradient.
-
-    With `training`, of a model in training mode another pass is heard in the modes that it is in, in which other layers
-    may run or have their weights read; one that runs in one of both ways is heard in that. Raises what evaluation
-    raised where neither runs, and `ValueError` where it cannot be told how many inputs `example_input` holds.
-    """
-    batch = count_inputs(example_input, batch_size)
-    traces, problems = [], []
-    read: set[str] = set()
-    for own in (False, True) if training and model.training else (False,):
-        try:
-            traces.append(_record(model, example_input, batch, own, read))
-        except Exception as error:  # batch norm, for instance, refuses a single input in training
-            problems.append(error)
-    if not traces:
-        raise problems[0]
-    trace = traces[0]
-    for other in traces[1:]:
-        trace.calls = other.calls | trace.calls
-        trace.samples = other.samples | trace.samples
-        trace.networks = other.networks | trace.networks
-        trace.odd = other.odd | trace.odd
-    trace.hear_reads(read)
-    return trace
-
-
-def _record(model: nn.Module, example_input: Any, batch: int, training: bool, read: set[str]) -> Trace:
-    """One pass; adds the layers whose weight others read, whether they run themselves or not."""
-    model = detached_copy(model)
-    recorder = Recorder(model, batch)
-    try:
-        run(model, example_input, training)
-    finally:
-        recorder.close()
-    read |= recorder.read
-    return recorder.stop()
-
-
-def run(model: nn.Module, example_input: Any, training: bool = False) -> Any:
-    """The model on its argument, a tuple of arguments or a `Call`, without changing its modes or the random state; in
-    evaluation mode, or with `training` in the modes that it is in."""
-    modes, call = {module: module.training for module in model.modules()}, Call.of(example_input)
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            return (model if training else model.eval())(*call.args, **call.kwargs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

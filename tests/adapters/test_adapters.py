@@ -447,7 +447,7 @@ def test_reshaped_parameters(build, rows, shape, adapters, tmp_path, monkeypatch
     assert torch.equal(load_compressed(build(), tmp_path / "fit")(x), extract.extracted(x))
 
 
-def test_an_adapter_that_does_not_write_what_it_reads(adapters):
+def test_an_adapter_that_does_not_write_what_it_reads(adapters, tmp_path):
     class Turned(Adapter):
         def maps(self, module):
             return {"": LayerSpec("linear", 8, 8)} if type(module) is nn.Linear else {}
@@ -469,6 +469,8 @@ def test_an_adapter_that_does_not_write_what_it_reads(adapters):
     registry.register_adapter(Turned())
     with pytest.raises(ValueError, match=r"'0': Turned .*`write_` to undo `read`"):
         make_plan(net, "svd", FixedRank(1), ALL)
+    with pytest.raises(ValueError, match=r"'net\.0': Turned"):  # before anything is trained
+        quiet_trainer(tmp_path, DeepTwist(2), max_steps=2).fit(Fit(net), DataLoader([]))
     assert torch.equal(net[0].weight, before)
     with pytest.raises(TypeError, match="`adapter`"):
         registry.register_adapter(Turned)

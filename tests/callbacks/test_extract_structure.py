@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from torch import nn
 
 from lowrank_pl import DeepTwist, ExtractStructure, FixedRank, TiledSVD, load_compressed
+from lowrank_pl.layers import SplitAttention
 from lowrank_pl.surgery import num_parameters
 
 RANK = FixedRank(2)
@@ -247,6 +248,6 @@ def test_layers_that_attention_reads(tmp_path):
     extract, module = ExtractStructure(), Module(Attention())
     quiet_trainer(tmp_path, DeepTwist(2, "svd", RANK), extract, max_steps=3).fit(module, loader())
     assert isinstance(extract.extracted.net.inner, nn.Sequential)
-    assert isinstance(extract.extracted.net.attention.out_proj, nn.Linear)
-    assert "never called" in extract.extracted.lowrank_pl_record["notes"]["net.attention.out_proj"]
+    assert isinstance(extract.extracted.net.attention, SplitAttention)
+    assert isinstance(extract.extracted.net.attention.out_proj, nn.Sequential)
     assert agree(extract.extracted, module)

@@ -50,7 +50,7 @@ def test_a_c_step_against_brute_force(method, normalize):
     torch.manual_seed(1)
     with torch.no_grad():
         for c in plan.compressions:
-            c.parameter.add_(0.1 * torch.randn_like(c.read()))
+            c.parameters[0].add_(0.1 * torch.randn_like(c.read()))
     after, done = c_step(plan, rule, state, mu=0.12, next_mu=0.144, normalize=normalize)
     total = 0.0
     for c in plan.compressions:
@@ -113,7 +113,7 @@ def test_the_multipliers_are_those_of_algorithm_1():
         torch.manual_seed(j)
         with torch.no_grad():
             for c in plan.compressions:
-                c.parameter.add_(0.05 * torch.randn_like(c.read()))
+                c.parameters[0].add_(0.05 * torch.randn_like(c.read()))
 
 
 @pytest.mark.parametrize("augmented", [True, False])
@@ -127,7 +127,7 @@ def test_the_penalty_gradient_is_that_of_autograd(augmented):
     for c in plan.compressions:
         theta, beta = state.structures[c.name].reconstruct(), state.beta(c.name)
         assert bool(beta.any()) == augmented
-        gap = c.parameter - theta
+        gap = c.parameters[0] - theta
         whole = whole + 0.18 * gap.square().sum() - (beta * gap).sum()  # mu/2 ||W - Theta||^2 - beta (W - Theta)
     expected = torch.autograd.grad(whole, list(net.parameters()), retain_graph=True)
     loss.backward()
@@ -163,7 +163,7 @@ def test_a_c_step_never_increases_the_augmented_lagrangian(method, rule, normali
         torch.manual_seed(j)
         with torch.no_grad():
             for c in plan.compressions:
-                c.parameter.add_(0.03 * torch.randn_like(c.read())).mul_(0.99)
+                c.parameters[0].add_(0.03 * torch.randn_like(c.read())).mul_(0.99)
         if isinstance(rule, CostBudget):
             spent = sum(c.cost(rule.cost, state.choices[c.name]) for c in plan.compressions)
             spent += sum(rule.cost(spec) for spec in plan.others(plan.compressions))
