@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers; below the same by name
-    from lowrank_pl.adapters import Adapter, LinearMap, ReshapedParameters, register_adapter
+    from lowrank_pl.adapters import Adapter, Experts, LinearMap, ReshapedParameters, register_adapter
     from lowrank_pl.callbacks import DeepTwist, ExtractStructure, LearningCompression, LStep, MuSchedule
     from lowrank_pl.costs import Latency, Macs, Params
     from lowrank_pl.decompositions import SVD, BlockSVD, Cheapest, FirstOf, SpatialSVD, TiledSVD, Tucker2
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
     from lowrank_pl.tracing import Call
 
 _HOMES = {
-    "lowrank_pl.adapters": ("Adapter", "LinearMap", "ReshapedParameters", "register_adapter"),
+    "lowrank_pl.adapters": ("Adapter", "Experts", "LinearMap", "ReshapedParameters", "register_adapter"),
     "lowrank_pl.callbacks": ("DeepTwist", "ExtractStructure", "LearningCompression", "LStep", "MuSchedule"),
     "lowrank_pl.planning": ("make_plan",),
     "lowrank_pl.extraction": ("compress",),
@@ -67,6 +67,7 @@ __all__ = [
     "CostPenalty",
     "DeepTwist",
     "EnergyThreshold",
+    "Experts",
     "ExtractStructure",
     "FirstOf",
     "FixedRank",

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lowrank_pl.adapters.base import Adapter
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import FactoredParameter
+from lowrank_pl.layers import FactoredExperts, FactoredParameter, linear_of
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -65,6 +65,56 @@ class Parameters(Adapter):
 
 @final
 @dataclass(frozen=True)
+class Experts(Adapter):
+    """The parameters `[experts, T, S]` of the modules of one class, every expert a linear map with a rank of its own,
+    where `Parameters` gives all experts one.
+
+    What is deployed computes with the factors where the module's code takes experts one by one (in Hugging Face's
+    networks, `experts_implementation="eager"`), and is made whole for products with all of them at once.
+
+        register_adapter(Experts(MixtralExperts))
+    """
+
+    kind: type[nn.Module]
+    shown_by_running = True
+    shows_weight = True
+
+    def __post_init__(self) -> None:
+        _check_kind(self.kind)
+
+    def maps(self, module: nn.Module) -> dict[str, LayerSpec]:
+        if not isinstance(module, self.kind):
+            return {}
+        batches = {name: p for name, p in module._parameters.items() if p is not None and p.dim() == 3}
+        return {
+            f"{name}.{i}": LayerSpec("linear", p.shape[2], p.shape[1])
+            for name, p in batches.items()
+            for i in range(p.shape[0])
+        }
+
+    def read(self, module: nn.Module, key: str) -> Tensor:
+        name, _, i = key.rpartition(".")
+        parameter: Any = module._parameters[name]
+        weight: Tensor = parameter[int(i)]
+        return weight
+
+    def write_(self, module: nn.Module, key: str, weight: Tensor) -> None:
+        self.read(module, key).detach().copy_(weight)
+
+    def parameters(self, module: nn.Module, key: str) -> tuple[Tensor, ...]:
+        parameter: Any = module._parameters[key.rpartition(".")[0]]
+        return (parameter,)
+
+    def deploy(self, module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
+        for name in dict.fromkeys(key.rpartition(".")[0] for key in parts):
+            parameter: Any = module._parameters.pop(name)
+            layers = [parts.get(f"{name}.{i}") or linear_of(weight, None) for i, weight in enumerate(parameter)]
+            module._modules[name] = FactoredExperts(layers)
+        return module
+
+
+@final
+@dataclass(frozen=True)
 class ReshapedParameters(Adapter):
     """Parameters of the modules of one class, each as one matrix: its first axes, as many as `rows` says, by the
     others. For code that uses them otherwise than in plain products, in `einsum` say, of which only the author knows
@@ -79,8 +129,7 @@ class ReshapedParameters(Adapter):
     rows: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.kind, type) and issubclass(self.kind, nn.Module)):
-            raise TypeError(f"Expected argument `kind` to be a class of modules but got {self.kind!r}")
+        _check_kind(self.kind)
         if not all(type(n) is int and n > 0 for n in self.rows.values()):
             raise ValueError(
                 f"Expected argument `rows` to hold numbers of leading axes, from 1 on, but got {self.rows}"
@@ -122,3 +171,8 @@ class ReshapedParameters(Adapter):
             shape = tuple(parameter.shape)
             module._modules[key] = FactoredParameter(part, shape, whole=True, is_complex=parameter.is_complex())
         return module
+
+
+def _check_kind(kind: Any) -> None:
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"Expected argument `kind` to be a class of modules but got {kind!r}")

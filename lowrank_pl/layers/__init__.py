@@ -3,15 +3,23 @@
 from lowrank_pl.layers.attention import SplitAttention, attention_inputs
 from lowrank_pl.layers.chain import FactorChain
 from lowrank_pl.layers.constant import ConstantLayer
-from lowrank_pl.layers.factored import FactoredEmbedding, FactoredParameter, tied
+from lowrank_pl.layers.factored import FactoredEmbedding, FactoredExperts, FactoredParameter, tied
 from lowrank_pl.layers.grouped_linear import GroupedLinear
 from lowrank_pl.layers.lazy_weight import Factors, LazyWeight, Made, Source
-from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, spec_of
+from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, linear_of, spec_of
 from lowrank_pl.layers.recurrent import SplitRecurrent, matrix_names, recurrent_inputs
 from lowrank_pl.layers.tiled import Run, TiledLayer, factor_shapes, lowered, tile_regions, tile_side, weight_of_tiles
 
 # what compression puts into a network
-DEPLOYED = (ConstantLayer, FactorChain, FactoredEmbedding, FactoredParameter, GroupedLinear, TiledLayer)
+DEPLOYED = (
+    ConstantLayer,
+    FactorChain,
+    FactoredEmbedding,
+    FactoredExperts,
+    FactoredParameter,
+    GroupedLinear,
+    TiledLayer,
+)
 
 __all__ = [
     "DEPLOYED",
@@ -19,6 +27,7 @@ __all__ = [
     "ConstantLayer",
     "FactorChain",
     "FactoredEmbedding",
+    "FactoredExperts",
     "FactoredParameter",
     "Factors",
     "GroupedLinear",
@@ -34,6 +43,7 @@ __all__ = [
     "attention_inputs",
     "build",
     "factor_shapes",
+    "linear_of",
     "lowered",
     "matrix_names",
     "recurrent_inputs",

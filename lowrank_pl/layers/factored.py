@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -11,46 +13,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lowrank_pl.layers.chain import FactorChain
-from lowrank_pl.layers.lazy_weight import Factors, LazyWeight, Made, weight_of_factors
+from lowrank_pl.layers.lazy_weight import Factors, LazyWeight, Made, Source, weight_of_factors
 
 
-class FactoredParameter(nn.Module):
-    """Stands where a module had a Parameter of this shape, and is to its code what the parameter was: a tensor, whose
-    products with others go through the factors and which is made whole only where something else wants it.
+class StandIn(nn.Module, ABC):
+    """A module that stands where a module had a Parameter, and is to its code what the parameter was: a tensor."""
 
-    `factors` is a `FactorChain` or `TiledLayer` of a linear layer, with a group for each matrix of the parameter. With
-    `whole` the parameter is another reshaping of their weight, complex ones from pairs of numbers, and is always made.
-    """
-
-    def __init__(
-        self, factors: nn.Module, shape: tuple[int, ...], whole: bool = False, is_complex: bool = False
-    ) -> None:
-        super().__init__()
-        self.factors, self._shape, self._whole, self._complex = factors, shape, whole, is_complex
-
+    @abstractmethod
     def tensor(self) -> Tensor:
         """The parameter, as a `LazyWeight`."""
-        factors: Any = self.factors
-        like = next(factors.parameters(), torch.empty(0))
-
-        def make() -> Tensor:
-            weight = factors.weight
-            dense: Tensor = weight.make() if isinstance(weight, LazyWeight) else weight
-            dense = dense.reshape(*self._shape, 2) if self._complex else dense.reshape(self._shape)
-            return torch.view_as_complex(dense) if self._complex else dense
-
-        like = torch.view_as_complex(like.new_empty(2)) if self._complex else like
-        if self._whole or not isinstance(factors, FactorChain) or not factors.is_pair:
-            return weight_of_factors(like, self._shape, Made(make))
-        right, left = (link.get_parameter("weight") for link in factors)
-        right = right.reshape(*self._shape[:-2], -1, self._shape[-1])  # type: ignore[assignment]
-        left = left.reshape(*self._shape[:-1], -1)  # type: ignore[assignment]
-        return weight_of_factors(like, self._shape, Factors(left, right, make))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """For PyTorch this is the tensor."""
-        args, kwargs = tree_map_only(FactoredParameter, FactoredParameter.tensor, (args, kwargs or {}))
+        args, kwargs = tree_map_only(StandIn, lambda each: each.tensor(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -80,12 +56,9 @@ class FactoredParameter(nn.Module):
     def type(self, dst_type: Any = None) -> Any:
         return self.tensor().type(dst_type)
 
-    def extra_repr(self) -> str:
-        return f"shape={self._shape}"
-
 
 def _operator(name: str) -> Any:
-    def call(self: FactoredParameter, *args: Any) -> Any:
+    def call(self: StandIn, *args: Any) -> Any:
         return getattr(self.tensor(), name)(*args)
 
     return call
@@ -95,7 +68,80 @@ for _name in (
     "getitem", "len", "iter", "matmul", "rmatmul", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv",
     "pow", "neg", "abs",
 ):  # fmt: skip
-    setattr(FactoredParameter, f"__{_name}__", _operator(f"__{_name}__"))
+    setattr(StandIn, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+@final
+class FactoredParameter(StandIn):
+    """A tensor of this shape, whose products with others go through the factors and which is made whole only where
+    something else wants it.
+
+    `factors` is a `FactorChain` or `TiledLayer` of a linear layer, with a group for each matrix of the parameter. With
+    `whole` the parameter is another reshaping of their weight, complex ones from pairs of numbers, and is always made.
+    """
+
+    def __init__(
+        self, factors: nn.Module, shape: tuple[int, ...], whole: bool = False, is_complex: bool = False
+    ) -> None:
+        super().__init__()
+        self.factors, self._shape, self._whole, self._complex = factors, shape, whole, is_complex
+
+    def tensor(self) -> Tensor:
+        factors: Any = self.factors
+        like = next(factors.parameters(), torch.empty(0))
+
+        def make() -> Tensor:
+            weight = factors.weight
+            dense: Tensor = weight.make() if isinstance(weight, LazyWeight) else weight
+            dense = dense.reshape(*self._shape, 2) if self._complex else dense.reshape(self._shape)
+            return torch.view_as_complex(dense) if self._complex else dense
+
+        like = torch.view_as_complex(like.new_empty(2)) if self._complex else like
+        if self._whole or not isinstance(factors, FactorChain) or not factors.is_pair:
+            return weight_of_factors(like, self._shape, Made(make))
+        right, left = (link.get_parameter("weight") for link in factors)
+        right = right.reshape(*self._shape[:-2], -1, self._shape[-1])  # type: ignore[assignment]
+        left = left.reshape(*self._shape[:-1], -1)  # type: ignore[assignment]
+        return weight_of_factors(like, self._shape, Factors(left, right, make))
+
+    def extra_repr(self) -> str:
+        return f"shape={self._shape}"
+
+
+@final
+class FactoredExperts(StandIn):
+    """A tensor `[experts, T, S]` of linear layers without a bias, its children `0`, `1` and so on, each with a rank of
+    its own. Products with a single one go through its factors, others need the whole."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self._modules.update({str(i): layer for i, layer in enumerate(layers)})
+
+    def tensor(self) -> Tensor:
+        weights: list[Any] = [layer.weight for layer in self.children()]
+        shape = (len(weights), *weights[0].shape)
+        return weight_of_factors(next(self.parameters(), weights[0]), shape, _Stacked(weights))
+
+
+class _Stacked(Source):
+    def __init__(self, weights: list[Tensor]) -> None:
+        self.weights = weights
+
+    def dense(self) -> Tensor:
+        return torch.stack([w.make() if isinstance(w, LazyWeight) else w for w in self.weights])
+
+    def multiply(self, x: Tensor, rows: tuple[Any, ...], transposed: bool, product: Callable[..., Tensor]) -> Any:
+        if not rows or isinstance(rows[0], slice) or (isinstance(rows[0], Tensor) and rows[0].dim()):
+            return None
+        weight, others = self.weights[int(rows[0])], rows[1:]
+        if isinstance(weight, LazyWeight):
+            found = weight.source.multiply(x, others, transposed, product)
+            if found is not None:
+                return found
+            weight = weight.make()
+        for index in others:
+            weight = weight[index]
+        return product(x, weight.mT if transposed else weight)
 
 
 class FactoredEmbedding(nn.Module):

@@ -51,7 +51,10 @@ class Recorder:
         for owner, maps in owners.items():
             handle = owner.register_forward_hook(self._listener(maps), with_kwargs=True)
             self._stack.callback(handle.remove)
-            watched = {key or "weight": each for key, each in maps.items() if each.adapter.shown_by_running or not key}
+            watched: dict[str, list[LinearMap]] = {}
+            for key, each in maps.items():
+                if each.adapter.shown_by_running or not key:
+                    watched.setdefault(key.partition(".")[0] or "weight", []).append(each)
             if watched:
                 owner._parameters = _Watched(owner._parameters, partial(self._shown, watched))
                 self._stack.callback(_unwatch, owner)
@@ -144,15 +147,15 @@ class Recorder:
             key = (self._network, self._names[module])
             self._counted[key] = self._counted.get(key, 0) + macs
 
-    def _shown(self, watched: Mapping[str, LinearMap], key: str, weight: Tensor) -> Tensor:
+    def _shown(self, watched: Mapping[str, list[LinearMap]], key: str, weight: Tensor) -> Tensor:
         """The weight as others see it: what it is multiplied by is heard, another use of its values too, a question for
         its type or shape is none."""
-        each, reader = watched.get(key), self._inside[-1] if self._inside else None
-        if each is None or reader is None or isinstance(each.module, LazyModuleMixin):
+        maps, reader = watched.get(key), self._inside[-1] if self._inside else None
+        if maps is None or reader is None or isinstance(maps[0].module, LazyModuleMixin):
             return weight
-        if each.is_layer and reader is each.module:
+        if maps[0].is_layer and reader is maps[0].module:
             return weight
-        return LazyWeight.of(weight, _Heard(self, each, weight))
+        return LazyWeight.of(weight, _Heard(self, maps, weight))
 
     def _listener(self, maps: dict[str, LinearMap]) -> Callable[..., None]:
         adapter, owner = next((each.adapter, each.module) for each in maps.values())
@@ -196,16 +199,21 @@ class Recorder:
         if name not in self._trace.samples:
             self._trace.samples[name] = x[:SAMPLES].clone()
 
-    def hear_product(self, heard: LinearMap, x: Tensor, y: Tensor, is_whole: bool) -> None:
-        """Some module has multiplied `x` by a weight, or by a part of it, into `y`."""
-        where = self._names[reader] if (reader := self._inside[-1]) is not None else ""
-        if is_whole:
-            self._hear(heard, x.detach(), where)
-            return
-        macs, sizes = y.numel() * x.shape[-1], self._trace.calls.setdefault(heard.name, {})
+    def hear_product(self, heard: LinearMap, macs: float) -> None:
+        """Some module has multiplied by a part of a weight, or by all of it in another way than its layer does."""
+        sizes = self._trace.calls.setdefault(heard.name, {})
         sizes[()] = sizes.get((), 0) + macs / heard.layer.num_weights
         join(self._trace.networks, heard.name, self._network)
-        self._explain(where, heard.name, macs)
+        self._explain(self._reader, heard.name, round(macs))
+
+    def hear_layer(self, heard: LinearMap, x: Tensor) -> None:
+        """Some module has applied the weight of a layer as the layer itself would have done."""
+        self._hear(heard, x.detach(), self._reader)
+
+    @property
+    def _reader(self) -> str:
+        reader = self._inside[-1]
+        return "" if reader is None else self._names[reader]
 
     def _explain(self, where: str, name: str, macs: int) -> None:
         """So many of the multiply-adds that were counted in a module are those of a linear map."""
@@ -215,25 +223,41 @@ class Recorder:
 
 
 class _Heard(Source):
-    """A weight that others read: products with it are heard, other uses make its layer one that is read."""
+    """A weight that others read, of one map or of a batch of them: products with it are heard, other uses make its
+    layer one that is read."""
 
-    def __init__(self, recorder: Recorder, heard: LinearMap, weight: Tensor) -> None:
-        self.recorder, self.heard, self.weight = recorder, heard, weight
+    def __init__(self, recorder: Recorder, maps: list[LinearMap], weight: Tensor) -> None:
+        self.recorder, self.maps, self.weight = recorder, maps, weight
 
     def dense(self) -> Tensor:
-        self.recorder.read.add(self.heard.name)
+        self.recorder.read |= {each.name for each in self.maps}
         return self.weight
 
     def multiply(self, x: Tensor, rows: tuple[Any, ...], transposed: bool, product: Callable[..., Tensor]) -> Any:
-        if self.heard.layer.kind != "linear" or not self.heard.adapter.shows_weight:
+        first = self.maps[0]
+        if first.layer.kind != "linear" or not first.adapter.shows_weight:
             return None
         part = self.weight
         for index in rows:
             part = part[index]
         y = product(x, part.mT if transposed else part)
-        is_layer = self.heard.is_layer and not self.heard.layer.groups > 1
-        self.recorder.hear_product(self.heard, x, y, is_layer and not rows and not transposed)
+        if first.is_layer and not rows and not transposed:
+            self.recorder.hear_layer(first, x)
+            return y
+        macs = y.numel() * x.shape[-1]
+        for each, share in zip(self.maps, self._shares(rows), strict=True):
+            if share:
+                self.recorder.hear_product(each, macs * share)
         return y
+
+    def _shares(self, rows: tuple[Any, ...]) -> list[float]:
+        """Of a product with some of a batch of maps, which are chosen first; of all of them the same."""
+        count = len(self.maps)
+        chosen = torch.arange(count)
+        if count > 1 and rows:
+            chosen = chosen[rows[0].cpu() if isinstance(rows[0], Tensor) else rows[0]].reshape(-1)
+        shares: list[float] = (torch.bincount(chosen, minlength=count) / len(chosen)).tolist()
+        return shares
 
 
 def _in_backward() -> bool:

@@ -18,6 +18,7 @@ from lowrank_pl import (
     BlockSVD,
     CostBudget,
     DeepTwist,
+    Experts,
     ExtractStructure,
     FixedRank,
     LearningCompression,
@@ -67,7 +68,7 @@ class Symmetric(nn.Module):
         return w.triu()
 
 
-class Experts(nn.Module):
+class Mixed(nn.Module):
     """A router, and experts that are read one by one, all at once, and as rows of a matrix."""
 
     def __init__(self, size=8):
@@ -86,6 +87,17 @@ class Experts(nn.Module):
         x = x + torch.einsum("btk,kbtc->btc", share, outer.unflatten(1, x.shape[:2]))
         first, second = self.heads.chunk(2)
         return torch.cat([x @ first.T, (second @ x.mT).mT], -1)
+
+
+class MixtureOfExperts(nn.Module):
+    """Every expert is read by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(4, 12, 8) / 3), nn.Parameter(torch.randn(4, 8, 12) / 3)
+
+    def forward(self, x):
+        return sum(F.linear(torch.relu(x @ self.up[i].T), self.down[torch.tensor(i)]) for i in range(4))
 
 
 class Shared(nn.Module):
@@ -152,7 +164,7 @@ CASES = {
     "spectral_norm": (lambda: nn.Sequential(spectral(nn.ConvTranspose2d(6, 8, 3)), spectral(nn.Linear(9, 4))),
                       IMAGES, ["0", "1"]),
     "circular": (lambda: nn.Sequential(normed(nn.Conv2d(6, 8, 3, padding=1, padding_mode="circular"))), IMAGES, ["0"]),
-    "experts": (Experts, TOKENS, ["router", "up", "down", "heads"]),
+    "experts": (Mixed, TOKENS, ["router", "up", "down", "heads"]),
     "shared": (Shared, TOKENS, ["qkv", "out"]),
     "tied": (lambda: Tied(False), 5, ["table", "inner"]),
     "tied_bias": (lambda: Tied(True), 5, ["table", "inner"]),
@@ -197,7 +209,7 @@ def test_everything_but_tables_takes_part(name):
     weights = sum(p.numel() for p in net.parameters() if p.dim() > 1 and "original" not in name)
     taken = sum(c.layer.num_weights for c in plan.compressions)
     if name == "experts":
-        assert plan.dense == {"position": "a parameter of Experts that is not only multiplied by"}
+        assert plan.dense == {"position": "a parameter of Mixed that is not only multiplied by"}
     elif maps is None:
         assert taken == weights
 
@@ -445,6 +457,34 @@ def test_reshaped_parameters(build, rows, shape, adapters, tmp_path, monkeypatch
     twist = DeepTwist(2, "svd", FixedRank(2), ALL)
     quiet_trainer(tmp_path, twist, extract, max_steps=2).fit(Fit(net), DataLoader(TensorDataset(x), batch_size=2))
     assert torch.equal(load_compressed(build(), tmp_path / "fit")(x), extract.extracted(x))
+
+
+def test_a_rank_for_every_expert(adapters, tmp_path, monkeypatch):
+    """Experts of rank 1, 2, 3 and 4 are exact at these; all of one parameter alike would need rank 4 each."""
+    monkeypatch.setattr("lowrank_pl.report.BATCHES", ())
+    torch.manual_seed(0)
+    net = MixtureOfExperts()
+    ranks = (1, 2, 3, 4)
+    with torch.no_grad():
+        for i, r in enumerate(ranks):
+            net.up[i] = torch.randn(12, r) @ torch.randn(r, 8)
+    x = torch.randn(3, 5, 8)
+    registry.register_adapter(Experts(MixtureOfExperts))
+    rule = {f"up.{i}": FixedRank(r) for i, r in enumerate(ranks)} | {"down*": FixedRank(8)}
+    small = compress(net, "svd", rule, ALL, example_input=x)
+    assert [part[0].out_features for part in small.up.children()] == [1, 2, 3, 4]
+    assert isinstance(small.down, nn.Parameter)  # at full rank nothing is cheaper
+    assert torch.allclose(small(x), net(x), atol=1e-4)
+    report = summarize(net, small, x, latency=False)
+    saved = sum((layer.dense.macs or 0) - (layer.compressed.macs or 0) for layer in report.layers)
+    assert saved == report.dense.macs - report.compressed.macs > 0
+    save_compressed(small, tmp_path / "small")
+    assert torch.allclose(load_compressed(net, tmp_path / "small")(x), small(x), atol=1e-6)
+    extract = ExtractStructure(tmp_path / "fit", submodule="net")
+    twist = DeepTwist(2, "svd", FixedRank(1), ALL)
+    quiet_trainer(tmp_path, twist, extract, max_steps=2).fit(Fit(net), DataLoader(TensorDataset(x), batch_size=3))
+    assert torch.equal(load_compressed(MixtureOfExperts(), tmp_path / "fit")(x), extract.extracted(x))
+    assert torch.allclose(small.up.tensor().sum(), small.up.tensor().make().sum())  # what needs the whole
 
 
 def test_an_adapter_that_does_not_write_what_it_reads(adapters, tmp_path):
