@@ -54,7 +54,7 @@ class Computed(OneMap):
     @torch.no_grad()
     def write_(self, module: nn.Module, key: str, weight: Tensor) -> None:
         _drop(module, _Held)
-        _write(module, weight)
+        _write(module, weight, _watch(module)["weight"])
         used = _watch(module)["weight"]
         if torch.linalg.vector_norm(used - weight) > 1e-6 * torch.linalg.vector_norm(weight):
             module.register_forward_hook(_Held(weight.clone(), _own(module)))
@@ -80,7 +80,7 @@ class Computed(OneMap):
         try:
             with torch.no_grad():
                 before = seen["weight"].detach().clone()
-                _write(module, before)
+                _write(module, before, before)
                 error = torch.linalg.vector_norm(_watch(module)["weight"] - before)
         except Exception:  # a parametrization without `right_inverse`, say
             return "its weight is parametrized, without a way back (right_inverse)"
@@ -136,8 +136,8 @@ def _own(module: nn.Module) -> list[Tensor]:
     return [p for name, p in module.named_parameters() if name != "bias"]
 
 
-def _write(module: Any, weight: Tensor) -> None:
-    """Set the parameters so that they make this weight, or one that is near."""
+def _write(module: Any, weight: Tensor, used: Tensor) -> None:
+    """Set the parameters so that they make this weight, or one that is near; now they make the one that is `used`."""
     if parametrize.is_parametrized(module, "weight"):
         listed: Any = module.parametrizations["weight"]
         value: Any = weight
@@ -154,7 +154,10 @@ def _write(module: Any, weight: Tensor) -> None:
             module.weight_g.copy_(torch.norm_except_dim(weight, 2, hook.dim))
             module.weight_v.copy_(weight)
             return
-    (module.weight_orig if "weight_orig" in module._parameters else module.weight).copy_(weight)
+    held = module.weight_orig if "weight_orig" in module._parameters else module.weight
+    # of its size now: what is standardized loses its scale (but for a small constant), others multiply by a number
+    scale = torch.linalg.vector_norm(held) / torch.linalg.vector_norm(used).clamp(min=torch.finfo(used.dtype).tiny)
+    held.copy_(weight * scale)
 
 
 class _Watch(TorchFunctionMode):

@@ -150,6 +150,8 @@ def _product(func: Any, args: Any, kwargs: Any) -> Any:
         y = None if y is None else args[0] + y
     elif func in _GROUPED and _is_lazy(*args[:2]) == [False, True] and args[1].dim() == 3:
         y = _multiply(args[1], args[0], args[1].flipped, partial(_grouped, partial(func, **kwargs), args[2:]))
+    elif func is torch.einsum and len(args) == 3 and not kwargs:
+        y = _einsum(*args)
     elif func in _PRODUCTS and len(args) == 2 and not kwargs:
         x, weight = args[::-1] if func is Tensor.__rmatmul__ else args
         if _is_lazy(x, weight) == [False, True] and x.dim() > 1:
@@ -158,6 +160,41 @@ def _product(func: Any, args: Any, kwargs: Any) -> Any:
             y = _multiply(x, weight.mT, not x.flipped, _matmul)
             y = None if y is None else y.mT
     return y
+
+
+def _einsum(equation: Any, first: Any, second: Any) -> Any:
+    """As a product of matrices, where a weight `[..., T, S]` gives outputs along T for inputs along S, or the other way
+    round, for every matrix of a batch."""
+    if not isinstance(equation, str) or "->" not in equation or "." in equation or sum(_is_lazy(first, second)) != 1:
+        return None
+    inputs, outs = equation.replace(" ", "").split("->")
+    (xs, ws), (x, weight) = inputs.split(","), (first, second)
+    if isinstance(first, LazyWeight):
+        (ws, xs), (weight, x) = (xs, ws), (x, weight)
+    if len(ws) != weight.dim() or len(xs) != x.dim() or len(ws) < 2:
+        return None
+    batch, rows, columns = ws[:-2], ws[-2], ws[-1]
+    if rows in xs and columns in outs:
+        rows, columns, by_columns = columns, rows, weight.flipped
+    else:
+        by_columns = not weight.flipped
+    others = [label for label in xs if label not in batch + columns]
+    plain = all(len(set(labels)) == len(labels) for labels in (xs, ws, outs))
+    sums = set(others) <= set(outs) and rows in outs and rows not in xs and columns in xs and columns not in outs
+    if not plain or not sums:
+        return None
+    x = x.permute(*(xs.index(label) for label in [*batch, *others, columns] if label in xs))
+    sizes = x.shape[-len(others) - 1 : -1]
+    for place, label in enumerate(batch):
+        x = x if label in xs else x.unsqueeze(place)
+    y = _multiply(weight, x.flatten(len(batch), -2) if others else x.unsqueeze(-2), by_columns, _matmul)
+    if y is None:
+        return None
+    y = y.unflatten(-2, sizes) if others else y.squeeze(-2)
+    labels = [*batch, *others, rows]
+    y = y.sum([labels.index(label) for label in batch if label not in outs]) if set(batch) - set(outs) else y
+    labels = [label for label in labels if label in outs]
+    return y.permute(*(labels.index(label) for label in outs))
 
 
 def _is_lazy(*args: Any) -> list[bool]:

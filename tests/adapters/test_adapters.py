@@ -387,7 +387,10 @@ def test_a_factored_parameter_is_a_tensor_to_code():
     for product in (lambda w: y @ w.mT, lambda w: torch.bmm(y, w.transpose(1, 2)), lambda w: (w @ y.mT).mT,
                     lambda w: torch.stack([F.linear(y[i], w[i]) for i in range(4)]),
                     lambda w: torch.stack([y[i] @ part.T for i, part in enumerate(w.unbind())]),
-                    lambda w: y[:2] @ w[torch.tensor([0, 1])].mT, lambda w: y[:2] @ w[:2].mT):  # fmt: skip
+                    lambda w: y[:2] @ w[torch.tensor([0, 1])].mT, lambda w: y[:2] @ w[:2].mT,
+                lambda w: torch.einsum("bts,eos->bteo", y, w), lambda w: torch.einsum("eos,ets->eto", w, y),
+                lambda w: torch.einsum("eto,eos->ts", y.new_ones(4, 3, 12), w),
+                lambda w: torch.einsum("s,eos->oe", y[0, 0], w)):  # fmt: skip
         with FlopCounterMode(display=False) as counter:
             found = product(up)
         with FlopCounterMode(display=False) as dense:
