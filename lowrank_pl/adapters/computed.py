@@ -155,9 +155,15 @@ def _write(module: Any, weight: Tensor, used: Tensor) -> None:
             module.weight_v.copy_(weight)
             return
     held = module.weight_orig if "weight_orig" in module._parameters else module.weight
-    # of its size now: what is standardized loses its scale (but for a small constant), others multiply by a number
+    # as it is, or of its size now, whichever comes nearer: what is standardized loses its scale (but for a small
+    # constant), others multiply by a number
     scale = torch.linalg.vector_norm(held) / torch.linalg.vector_norm(used).clamp(min=torch.finfo(used.dtype).tiny)
-    held.copy_(weight * scale)
+    errors = []
+    for values in (weight * scale, weight.clone()):
+        held.copy_(values)
+        errors.append(torch.linalg.vector_norm(_watch(module)["weight"] - weight))
+    if errors[0] < errors[1]:
+        held.copy_(weight * scale)
 
 
 class _Watch(TorchFunctionMode):

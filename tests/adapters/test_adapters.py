@@ -60,6 +60,13 @@ class Standardized(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
+class Equalized(nn.Linear):
+    """As StyleGAN's layers, whose learning rates are equal."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight * 0.1, self.bias)
+
+
 class Symmetric(nn.Module):
     def forward(self, w):
         return w.triu() + w.triu(1).mT
@@ -157,6 +164,7 @@ CASES = {
     "conv1d": (lambda: nn.Sequential(Conv1D(12, 8), nn.Tanh(), Conv1D(6, 12)), TOKENS, ["0", "2"]),
     "standardized": (lambda: nn.Sequential(Standardized(6, 8, 3), nn.Tanh(), Standardized(8, 9, 3, stride=2)),
                      IMAGES, ["0", "2"]),
+    "equalized": (lambda: nn.Sequential(Equalized(8, 12), nn.Tanh(), Equalized(12, 6)), TOKENS, ["0", "2"]),
     "weight_norm": (lambda: nn.Sequential(normed(nn.Conv2d(6, 8, 3)), nn.Tanh(), normed(nn.Linear(5, 4), dim=1)),
                     IMAGES, ["0", "2"]),
     "old_weight_norm": (lambda: nn.Sequential(weight_norm(nn.Conv2d(6, 8, 3)), nn.Tanh(), weight_norm(nn.Linear(5, 4))),
