@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
@@ -143,6 +144,8 @@ def _write(module: Any, weight: Tensor, used: Tensor) -> None:
         value: Any = weight
         for parametrization in reversed(list(listed)):
             value = parametrization.right_inverse(value)
+            if isinstance(parametrization, _WeightNorm):
+                value = (value[0], _directions(weight, value[0], listed.original1))
         if isinstance(value, Tensor):
             listed.original.copy_(value)
         else:
@@ -152,7 +155,7 @@ def _write(module: Any, weight: Tensor, used: Tensor) -> None:
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):
             module.weight_g.copy_(torch.norm_except_dim(weight, 2, hook.dim))
-            module.weight_v.copy_(weight)
+            module.weight_v.copy_(_directions(weight, module.weight_g, module.weight_v))
             return
     held = module.weight_orig if "weight_orig" in module._parameters else module.weight
     # as it is, or of its size now, whichever comes nearer: what is standardized loses its scale (but for a small
@@ -164,6 +167,11 @@ def _write(module: Any, weight: Tensor, used: Tensor) -> None:
         errors.append(torch.linalg.vector_norm(_watch(module)["weight"] - weight))
     if errors[0] < errors[1]:
         held.copy_(weight * scale)
+
+
+def _directions(weight: Tensor, norms: Tensor, before: Tensor) -> Tensor:
+    """Of a weight's rows; what is zero keeps the direction that it had, where 0 / 0 would be none."""
+    return torch.where(norms == 0, before, weight)
 
 
 class _Watch(TorchFunctionMode):

@@ -94,6 +94,7 @@ class FactoredParameter(StandIn):
             weight = factors.weight
             dense: Tensor = weight.make() if isinstance(weight, LazyWeight) else weight
             dense = dense.reshape(*self._shape, 2) if self._complex else dense.reshape(self._shape)
+            dense = dense.contiguous()  # the zeros of rank 0 have no memory of their own
             return torch.view_as_complex(dense) if self._complex else dense
 
         like = torch.view_as_complex(like.new_empty(2)) if self._complex else like

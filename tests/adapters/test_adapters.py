@@ -32,6 +32,8 @@ from lowrank_pl import (
     summarize,
 )
 from lowrank_pl.adapters import find_maps, obstacles, registry
+from lowrank_pl.decompositions import ZERO
+from lowrank_pl.extraction import extract
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import FactoredParameter, SplitAttention, SplitRecurrent
 from lowrank_pl.tracing import FUSED, record
@@ -365,6 +367,23 @@ def test_a_projection_that_has_no_parameters_is_held_in_evaluation():
     with torch.no_grad():
         layer.weight.add_(0.01)  # somebody writes
         assert torch.equal(layer(x), Standardized.forward(layer, x))
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "old_weight_norm", "experts", "attention", "lstm", "standardized"])
+def test_rank_0(name):
+    """Weights of zeros: nothing is divided by their norm."""
+    net, x, _ = make(name)
+    for each in find_maps(net).values():
+        if each.obstacle() is None:
+            each.write_(torch.zeros(each.layer.stored_shape))
+            assert torch.equal(each.read(), torch.zeros_like(each.read()))
+    assert net(x).isfinite().all()
+    net.train()(x).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters() if name != "standardized")
+    net, x, _ = make(name)
+    plan = make_plan(net, "svd", FixedRank(1), ALL, record(net, x))
+    small = extract(net, plan, plan.factor(dict.fromkeys((c.name for c in plan.compressions), ZERO)), {})
+    assert small(x).isfinite().all()
 
 
 def test_what_takes_the_place():
