@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lowrank_pl.checksums import check_sum
+from lowrank_pl.checksums import check_sum, sum_file
 from lowrank_pl.runs.directory import Run
 from lowrank_pl.storage import check_compressed
 
@@ -34,7 +34,7 @@ def stages_again(directory: Path, done: list[str]) -> tuple[list[str], str]:
             if not (directory / "dense.safetensors").is_file():
                 raise FileNotFoundError(f"{directory / 'dense.safetensors'} is missing")
             for name in ("dense.safetensors", "metrics.csv"):
-                if (directory / name).is_file():
+                if (directory / name).is_file() or sum_file(directory / name).is_file():
                     check_sum(directory / name)
             check_compressed(directory / ("extracted" if tuned else "compressed"))
         except (ValueError, OSError) as error:
