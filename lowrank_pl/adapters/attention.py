@@ -17,7 +17,7 @@ _PLACES = {"q_proj": 0, "k_proj": 1, "v_proj": 2}  # of the thirds of `in_proj_w
 @final
 class Attention(Adapter):
     """`nn.MultiheadAttention`: the projections of queries, keys and values, packed or not, and that of the outputs, one
-    map each. A rank per head is what `BlockSVD(blocks=heads)` gives."""
+    map each; see `RowBlocks` for a rank per head."""
 
     def maps(self, module: nn.Module) -> dict[str, LayerSpec]:
         if not isinstance(module, nn.MultiheadAttention) or type(module).forward is not nn.MultiheadAttention.forward:

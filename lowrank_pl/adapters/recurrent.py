@@ -14,8 +14,8 @@ from lowrank_pl.layers import SplitRecurrent, matrix_names, recurrent_inputs
 
 @final
 class Recurrent(Adapter):
-    """`nn.LSTM`, `nn.GRU` and `nn.RNN`: the matrices of inputs and hidden states, all gates together, one map each. A
-    rank per gate is what `BlockSVD(blocks=4)` gives (3 of a GRU)."""
+    """`nn.LSTM`, `nn.GRU` and `nn.RNN`: the matrices of inputs and hidden states, all gates together, one map each;
+    see `RowBlocks` for a rank per gate."""
 
     def maps(self, module: nn.Module) -> dict[str, LayerSpec]:
         if not isinstance(module, nn.RNNBase) or type(module).forward not in _FORWARDS:

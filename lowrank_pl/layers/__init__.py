@@ -8,6 +8,7 @@ from lowrank_pl.layers.grouped_linear import GroupedLinear
 from lowrank_pl.layers.lazy_weight import Factors, LazyWeight, Made, Source
 from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, linear_of, spec_of
 from lowrank_pl.layers.recurrent import SplitRecurrent, matrix_names, recurrent_inputs
+from lowrank_pl.layers.stacked_linear import StackedLinear
 from lowrank_pl.layers.tiled import Run, TiledLayer, factor_shapes, lowered, tile_regions, tile_side, weight_of_tiles
 
 # what compression puts into a network
@@ -37,6 +38,7 @@ __all__ = [
     "Source",
     "SplitAttention",
     "SplitRecurrent",
+    "StackedLinear",
     "TiledLayer",
     "as_operator",
     "as_stored",

@@ -31,7 +31,9 @@ from lowrank_pl import (
     save_compressed,
     summarize,
 )
-from lowrank_pl.adapters import find_maps, obstacles, registry
+from lowrank_pl.adapters import Attention as AttentionAdapter
+from lowrank_pl.adapters import Recurrent as RecurrentAdapter
+from lowrank_pl.adapters import RowBlocks, find_maps, obstacles, registry
 from lowrank_pl.decompositions import ZERO
 from lowrank_pl.extraction import extract
 from lowrank_pl.layer_spec import LayerSpec
@@ -515,6 +517,55 @@ def test_a_rank_for_every_expert(adapters, tmp_path, monkeypatch):
     quiet_trainer(tmp_path, twist, extract, max_steps=2).fit(Fit(net), DataLoader(TensorDataset(x), batch_size=3))
     assert torch.equal(load_compressed(MixtureOfExperts(), tmp_path / "fit")(x), extract.extracted(x))
     assert torch.allclose(small.up.tensor().sum(), small.up.tensor().make().sum())  # what needs the whole
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "patterns", "first"),
+    [
+        ("attention", AttentionAdapter(), {"[qkv]_proj": 2}, "attention.q_proj.0"),
+        ("attention_kdim", AttentionAdapter(), {"k_proj": 4}, "attention.q_proj"),
+        ("lstm", RecurrentAdapter(), {"weight_?h_*": 4}, "rnn.weight_ih_l0.0"),
+        ("gru", RecurrentAdapter(), {"weight_hh_*": 3}, "rnn.weight_ih_l0"),
+    ],
+)
+def test_blocks_of_rows(name, adapter, patterns, first, adapters, tmp_path, monkeypatch):
+    """A rank for each, as if they were layers of their own."""
+    monkeypatch.setattr("lowrank_pl.report.BATCHES", ())
+    registry.register_adapter(RowBlocks(adapter, patterns))
+    net, x, _ = make(name)
+    maps = find_maps(net)
+    assert next(iter(maps)) == first
+    assert sum(each.layer.num_weights for each in maps.values()) == sum(
+        p.numel() for p in net.parameters() if p.dim() > 1
+    )
+    rule = {each: FixedRank(1 + i % 2) for i, each in enumerate(maps)}
+    small = compress(net, "svd", rule, ALL, example_input=x)
+    plan = make_plan(net, "svd", rule, ALL, record(net, x))
+    for each, structure in plan.factor(plan.choose_ranks()).items():
+        maps[each].write_(structure.reconstruct())
+        assert torch.equal(maps[each].read(), structure.reconstruct())
+    assert torch.allclose(small(x), net(x), atol=1e-5)
+    report = summarize(make(name)[0], small, x, latency=False)
+    saved = sum((layer.dense.macs or 0) - (layer.compressed.macs or 0) for layer in report.layers)
+    assert saved == report.dense.macs - report.compressed.macs > 0
+    extract = ExtractStructure(tmp_path, submodule="net")
+    twist = DeepTwist(2, "svd", FixedRank(1), ALL)
+    quiet_trainer(tmp_path, twist, extract, max_steps=2).fit(Fit(net), DataLoader(TensorDataset(x), batch_size=2))
+    assert torch.allclose(load_compressed(CASES[name][0](), tmp_path).eval()(x), net.eval()(x), atol=1e-5)
+
+
+def test_blocks_that_do_not_divide(adapters):
+    with pytest.raises(ValueError, match="'q_proj' of MultiheadAttention has 8 outputs, which 3 does not divide"):
+        find_maps_with(RowBlocks(AttentionAdapter(), {"q_proj": 3}), Attention())
+    with pytest.raises(ValueError, match="`blocks`"):
+        RowBlocks(AttentionAdapter(), {"q_proj": 0})
+    with pytest.raises(TypeError, match="`adapter`"):
+        RowBlocks(Attention, {})
+
+
+def find_maps_with(adapter, net):
+    registry.register_adapter(adapter)
+    return find_maps(net)
 
 
 def test_an_adapter_that_does_not_write_what_it_reads(adapters, tmp_path):
