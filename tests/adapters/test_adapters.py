@@ -1,6 +1,7 @@
 """Every kind of weight that is no plain layer: found, read, written, counted, trained, deployed, loaded again."""
 
 import copy
+import pickle
 
 import pytest
 import pytorch_lightning as pl
@@ -369,6 +370,24 @@ def test_a_projection_that_has_no_parameters_is_held_in_evaluation():
     with torch.no_grad():
         layer.weight.add_(0.01)  # somebody writes
         assert torch.equal(layer(x), Standardized.forward(layer, x))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_deployed_goes_elsewhere(name):
+    net, x, _ = make(name)
+    small = compress(net, "svd", FixedRank(1), ALL, example_input=x).eval()
+    expected = small(x)
+    for there in (
+        torch.export.export(small, (x,)).module(),
+        torch.jit.trace(small, (x,)),
+        torch.compile(small, backend="eager"),
+        pickle.loads(pickle.dumps(small)),
+        copy.deepcopy(small),
+        copy.deepcopy(small).double().float(),
+    ):
+        assert torch.allclose(there(x), expected, atol=1e-5)
+    half = x.bfloat16() if x.is_floating_point() else x
+    assert torch.allclose(small.bfloat16()(half).float(), expected, atol=0.2)
 
 
 @pytest.mark.parametrize("name", ["weight_norm", "old_weight_norm", "experts", "attention", "lstm", "standardized"])
