@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
     from lowrank_pl.costs import Latency, Macs, Params
     from lowrank_pl.decompositions import SVD, BlockSVD, Cheapest, FirstOf, SpatialSVD, TiledSVD, Tucker2
     from lowrank_pl.extraction import compress
+    from lowrank_pl.layer_spec import LayerSpec
     from lowrank_pl.planning import make_plan
     from lowrank_pl.ranks import (
         EVBMF,
@@ -34,6 +35,7 @@ _HOMES = {
     "lowrank_pl.callbacks": ("DeepTwist", "ExtractStructure", "LearningCompression", "LStep", "MuSchedule"),
     "lowrank_pl.planning": ("make_plan",),
     "lowrank_pl.extraction": ("compress",),
+    "lowrank_pl.layer_spec": ("LayerSpec",),
     "lowrank_pl.storage": ("load_compressed", "save_compressed"),
     "lowrank_pl.report": ("Report", "summarize"),
     "lowrank_pl.decompositions": ("SVD", "BlockSVD", "Cheapest", "FirstOf", "SpatialSVD", "TiledSVD", "Tucker2"),
@@ -74,6 +76,7 @@ __all__ = [
     "GreedyEnergy",
     "LStep",
     "Latency",
+    "LayerSpec",
     "LearningCompression",
     "LinearMap",
     "Macs",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
@@ -54,7 +54,9 @@ def compress(
     try:
         trace = None if example_input is None else record(model, example_input, batch, training=True)
     except Exception as error:
-        raise ValueError(f"The model does not run on argument `example_input`: {error}") from error
+        raise ValueError(
+            f"The model does not run on argument `example_input` ({type(error).__name__}: {error})"
+        ) from error
     plan = make_plan(model, method, rank, targets, trace)
     if not plan.compressions and isinstance(rank, (CostBudget, GreedyEnergy)):
         words = "; ".join(dict.fromkeys(plan.dense.values())) or "it has no linear layer or convolution"
@@ -183,8 +185,9 @@ def difference(projected: nn.Module, extracted: nn.Module, example_input: Any, p
     give its output. Nothing is said where the projected network does not run, or differs as much from itself after
     rounding: by random numbers of its own, or because it decides by a threshold. Both are left as they were.
     """
-    names = list(under(part, getattr(extracted, RECORD)["layers"]))
+    names = set(under(part, getattr(extracted, RECORD)["layers"]))
     projected, extracted = projected.get_submodule(part), extracted.get_submodule(part)
+    names &= {name for name, each in find_maps(projected).items() if each.is_layer}  # attention calls no layers
     try:
         expected = _heard(projected, names, example_input)
     except Exception:  # of any kind: its own code, in a mode that it may not know
@@ -200,7 +203,7 @@ def difference(projected: nn.Module, extracted: nn.Module, example_input: Any, p
     return None if unsteady else problem
 
 
-def _heard(model: nn.Module, names: Sequence[str], example_input: Any) -> tuple[set[str], list[Any]]:
+def _heard(model: nn.Module, names: Collection[str], example_input: Any) -> tuple[set[str], list[Any]]:
     """Which of the named modules run, and the leaves of the output."""
     ran: set[str] = set()
     handles = [model.get_submodule(n).register_forward_pre_hook(lambda *_, n=n: ran.add(n)) for n in names]

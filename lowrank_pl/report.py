@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_pl.adapters import LinearMap, find_maps
+from lowrank_pl.adapters import LinearMap, find_maps, release_
 from lowrank_pl.compression import Row
 from lowrank_pl.extraction import RECORD
 from lowrank_pl.names import clean_name
@@ -283,7 +283,9 @@ def _times_of_call(trials: Sequence[nn.Module], call: Call, watch: _Watch) -> Ti
 def _trial(module: nn.Module) -> nn.Module:
     """A copy to be run. Without gradients, for which PyTorch's counter looks, and does not find them where a network
     hands a view of a parameter to its submodules."""
-    return detached_copy(module).eval().requires_grad_(False)
+    trial = detached_copy(module).eval().requires_grad_(False)
+    release_(trial)
+    return trial
 
 
 class _Watch:

@@ -151,7 +151,8 @@ def _rebuild(model: nn.Module, entries: dict[str, Any], folder: Path) -> nn.Modu
             raise ValueError(
                 f"{folder} is for another network: layer {name!r} is {entry['replaces']} there and "
                 f"{maps[name].layer.to_dict() if name in maps else 'missing'} here. Names of layers are those "
-                "of the whole that was saved: of a LightningModule, unless ExtractStructure(submodule=...) was given"
+                "of the whole that was saved: of a LightningModule, unless ExtractStructure(submodule=...) was given. "
+                "What register_adapter() had been given there is needed here, too"
             )
         with torch.device("meta"):
             layout = layout_from_dict(entry["structure"], maps[name].layer)

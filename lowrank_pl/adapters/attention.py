@@ -8,6 +8,7 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from lowrank_pl.adapters.base import Adapter
+from lowrank_pl.adapters.computed import is_plain
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import SplitAttention, attention_inputs
 
@@ -20,7 +21,7 @@ class Attention(Adapter):
     map each; see `RowBlocks` for a rank per head."""
 
     def maps(self, module: nn.Module) -> dict[str, LayerSpec]:
-        if not isinstance(module, nn.MultiheadAttention) or type(module).forward is not nn.MultiheadAttention.forward:
+        if not isinstance(module, nn.MultiheadAttention):
             return {}
         e = module.embed_dim
         sizes = {"q_proj": e, "k_proj": module.kdim, "v_proj": module.vdim, "out_proj": e}
@@ -58,12 +59,12 @@ class Attention(Adapter):
         return (module.out_proj,)
 
     def obstacle(self, module: nn.Module, key: str) -> str | None:
+        if type(module) is not nn.MultiheadAttention:
+            return f"a {type(module).__name__}, of which nobody knows what it adds"
         own: Any = module
-        names = [name for name, p in own.named_parameters() if isinstance(p, nn.Parameter)]
-        needed = ["out_proj.weight", "in_proj_weight" if own._qkv_same_embed_dim else f"{key}_weight"]
-        if (key != "out_proj" and needed[-1] not in names) or "out_proj.weight" not in names:
-            return "its weight is parametrized"
-        return None
+        names = ["in_proj_weight"] if own._qkv_same_embed_dim else [f"{name}_weight" for name in _PLACES]
+        plain = is_plain(module, names) and is_plain(own.out_proj, ["weight"])
+        return None if plain else "weights of its attention are parametrized"
 
     def deploy(self, module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
         assert isinstance(module, nn.MultiheadAttention)

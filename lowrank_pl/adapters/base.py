@@ -27,6 +27,8 @@ class Adapter(ABC):
     shown_by_running = False
     # whether code that reads the parameter sees the weight as it is, and may multiply by it
     shows_weight = False
+    # whether what is deployed has something else in the parameters' places, so that nobody may read them
+    hides_parameters = False
 
     @abstractmethod
     def maps(self, module: nn.Module) -> dict[str, LayerSpec]:
@@ -55,8 +57,9 @@ class Adapter(ABC):
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """What each map is applied to when the module is called with these arguments: tensors of that shape, whose
-        values are only used to check and time factors. None where that cannot be told."""
-        return None
+        values are only used to check and time factors; without those that nobody knows. None for a call that the
+        deployed module could not answer."""
+        return {}
 
     def inside(self, module: nn.Module) -> Sequence[nn.Module]:
         """Submodules whose weights are among the maps."""

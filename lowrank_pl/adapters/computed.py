@@ -32,6 +32,12 @@ def is_computed(layer: nn.Module) -> bool:
     return type(layer).forward not in _FORWARDS or not isinstance(layer._parameters.get("weight"), nn.Parameter)
 
 
+def is_plain(module: nn.Module, names: Sequence[str]) -> bool:
+    """Whether a module computes with these parameters as they are: none is normalized, pruned or parametrized."""
+    hooks = any(isinstance(hook, _OLD_STYLE) for hook in module._forward_pre_hooks.values())
+    return not hooks and all(isinstance(module._parameters.get(name), nn.Parameter) for name in names)
+
+
 @final
 class Computed(OneMap):
     """Layers whose weight is a function of their parameters: `torch.nn.utils.parametrizations`, the older `weight_norm`
@@ -47,7 +53,7 @@ class Computed(OneMap):
 
     def read(self, module: nn.Module, key: str) -> Tensor:
         held = _held(module)
-        if held is not None and held.counts(module):
+        if held is not None and not torch.is_grad_enabled() and held.counts(module):
             return held.weight
         weight: Tensor = _watch(module)["weight"]
         return weight
@@ -72,25 +78,14 @@ class Computed(OneMap):
         kind = type(module).__name__
         try:
             seen = _watch(module)
-            own, called = spec_of(module), seen["layer"]
         except Exception:  # of any kind: a stranger's forward
+            seen = {"plain": False}
+        if not seen["plain"] or seen["layer"] != spec_of(module):
             return f"a {kind} with a forward of its own"
-        if not seen["plain"] or called != own:
-            return f"a {kind} with a forward of its own"
-        saved = [(p, p.detach().clone()) for p in _own(module)]
-        try:
-            with torch.no_grad():
-                before = seen["weight"].detach().clone()
-                _write(module, before, before)
-                error = torch.linalg.vector_norm(_watch(module)["weight"] - before)
-        except Exception:  # a parametrization without `right_inverse`, say
-            return "its weight is parametrized, without a way back (right_inverse)"
-        finally:
-            for p, value in saved:
-                p.detach().copy_(value)
-        if not error <= LEAST * torch.linalg.vector_norm(before):
-            return f"its weight is computed by {kind}, and what is written is not what is read: register an adapter"
-        return None
+        matrices = [p for p in _own(module) if sum(n > 1 for n in p.shape) > 1]
+        if len(matrices) > 1 and not parametrize.is_parametrized(module, "weight"):
+            return f"its weight is computed by {kind} from {len(matrices)} matrices: register an adapter"
+        return _no_way_back(module, seen["weight"].detach().clone())
 
     def deploy(self, module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
         _drop(module, (_Held, *_OLD_STYLE))
@@ -105,14 +100,15 @@ class _Held:
         self.weight, self.seen = weight, fingerprints(parameters)
 
     def counts(self, module: Any) -> bool:
-        parameters = _own(module)
-        learns = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        return not learns and fingerprints(parameters) == self.seen
+        return fingerprints(_own(module)) == self.seen
 
     def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Any:
         if module.training or not self.counts(module):
             return None
         x, weight = args[0].to(output.dtype), self.weight.to(output.dtype)
+        if torch.is_grad_enabled():  # the gradient is that by the weight that the parameters make
+            used = _watch(module)["weight"].to(output.dtype)
+            weight = used + (weight - used).detach()
         bias = None if module.bias is None else module.bias.to(output.dtype)
         if isinstance(module, nn.Linear):
             return F.linear(x, weight, bias)
@@ -120,6 +116,12 @@ class _Held:
             return module._conv_forward(x, weight, bias)
         geometry = (module.stride, module.padding, module.output_padding, module.groups, module.dilation)
         return _TRANSPOSED[weight.dim() - 2](x, weight, bias, *geometry)
+
+
+def release_(model: nn.Module) -> None:
+    """Let all layers compute by themselves, at their own cost."""
+    for module in model.modules():
+        _drop(module, _Held)
 
 
 def _held(module: nn.Module) -> _Held | None:
@@ -167,6 +169,29 @@ def _write(module: Any, weight: Tensor, used: Tensor) -> None:
         errors.append(torch.linalg.vector_norm(_watch(module)["weight"] - weight))
     if errors[0] < errors[1]:
         held.copy_(weight * scale)
+
+
+def _no_way_back(module: nn.Module, weight: Tensor) -> str | None:
+    """Why the parameters cannot be set to make a weight, here the one that they make; they are left as they were."""
+    saved = [(p, p.detach().clone()) for p in _own(module)]
+    buffers = [(part, name, b, b.clone()) for part in module.modules() for name, b in part.named_buffers(recurse=False)]
+    try:
+        with torch.no_grad():
+            _write(module, weight, weight)
+            error = torch.linalg.vector_norm(_watch(module)["weight"] - weight)
+        changed = any(not torch.equal(part._buffers[name], value) for part, name, _, value in buffers)  # type: ignore[arg-type]
+    except Exception:  # a parametrization without `right_inverse`, say
+        return "its weight is parametrized, without a way back (right_inverse)"
+    finally:
+        for p, value in saved:
+            p.detach().copy_(value)
+        for part, name, buffer, value in buffers:
+            part._buffers[name] = buffer.copy_(value)
+    if changed:
+        return "its parametrization keeps something else than parameters, which writing changes"
+    if not error <= LEAST * torch.linalg.vector_norm(weight):
+        return f"its weight is computed by {type(module).__name__}, and what is written is not what is read"
+    return None
 
 
 def _directions(weight: Tensor, norms: Tensor, before: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ class Embedding(OneMap):
         assert isinstance(module, nn.Embedding)
         if type(module).forward is not nn.Embedding.forward:
             return f"a {type(module).__name__} with a forward of its own"
+        if not isinstance(module._parameters.get("weight"), nn.Parameter):
+            return "its weight is parametrized"
         if module.max_norm is not None:
             return "an embedding with max_norm, which changes its rows when they are read"
         return "an embedding with sparse gradients" if module.sparse else None

@@ -8,6 +8,7 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from lowrank_pl.adapters.base import Adapter
+from lowrank_pl.adapters.computed import is_plain
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import SplitRecurrent, matrix_names, recurrent_inputs
 
@@ -17,8 +18,10 @@ class Recurrent(Adapter):
     """`nn.LSTM`, `nn.GRU` and `nn.RNN`: the matrices of inputs and hidden states, all gates together, one map each;
     see `RowBlocks` for a rank per gate."""
 
+    hides_parameters = True
+
     def maps(self, module: nn.Module) -> dict[str, LayerSpec]:
-        if not isinstance(module, nn.RNNBase) or type(module).forward not in _FORWARDS:
+        if not isinstance(module, nn.RNNBase):
             return {}
         shapes = {name: module._parameters.get(name) for name in matrix_names(module)}
         return {name: LayerSpec("linear", p.shape[1], p.shape[0]) for name, p in shapes.items() if p is not None}
@@ -41,9 +44,12 @@ class Recurrent(Adapter):
         assert isinstance(module, nn.RNNBase)
         return recurrent_inputs(module, args, kwargs)
 
+    def obstacle(self, module: nn.Module, key: str) -> str | None:
+        assert isinstance(module, nn.RNNBase)
+        if type(module) not in (nn.LSTM, nn.GRU, nn.RNN):
+            return f"a {type(module).__name__}, of which nobody knows what it adds"
+        return None if is_plain(module, matrix_names(module)) else "weights of its layer are parametrized"
+
     def deploy(self, module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
         assert isinstance(module, nn.RNNBase)
         return SplitRecurrent.of(module, parts)
-
-
-_FORWARDS = {kind.forward for kind in (nn.LSTM, nn.GRU, nn.RNN)}

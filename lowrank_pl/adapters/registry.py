@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank_pl.adapters.attention import Attention
 from lowrank_pl.adapters.base import Adapter, LinearMap
@@ -56,27 +56,34 @@ def find_maps(model: nn.Module) -> dict[str, LinearMap]:
 
 def obstacles(model: nn.Module) -> dict[str, str]:
     """The linear maps that can be neither projected nor replaced, whatever the decomposition, and why; in one pass."""
-    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    owners = Counter(_place(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     found, maps = {}, list(find_maps(model).values())
     for each in maps:
         if each.adapter in _added:
             _check(each)
         reason = each.obstacle()
-        if reason is None and any(owners[id(p)] > 1 for p in each.parameters) and not _is_table(each, maps, owners):
+        if reason is None and any(owners[_place(p)] > 1 for p in each.parameters) and not _is_table(each, maps, owners):
             reason = "its weight is tied to another module's"
         if reason is not None:
             found[each.name] = reason
     return found
 
 
+def _place(p: Tensor) -> int:
+    """The same for parameters that share memory."""
+    known = not p.is_meta and not isinstance(p, nn.UninitializedParameter)
+    return (p.data_ptr() if known else 0) or id(p)
+
+
 def _check(each: LinearMap) -> None:
     """Raise `ValueError` for an adapter that does not write what it reads; the weight is left as it was."""
-    saved = [p.detach().clone() for p in each.parameters]
+    kept = [*each.parameters, *each.module.buffers()]
+    saved = [p.detach().clone() for p in kept]
     before = each.read().clone()
     each.write_(before)
     wrong = before.shape != each.layer.stored_shape or not torch.allclose(each.read(), before, rtol=1e-3, atol=1e-6)
     with torch.no_grad():
-        for p, value in zip(each.parameters, saved, strict=True):
+        for p, value in zip(kept, saved, strict=True):
             p.detach().copy_(value)
     if wrong:
         raise ValueError(
@@ -90,4 +97,4 @@ def _is_table(each: LinearMap, maps: list[LinearMap], owners: Mapping[int, int])
     weight = each.parameters[0]
     heads = [other for other in maps if other is not each and any(p is weight for p in other.parameters)]
     plain = all(isinstance(other.adapter, Ordinary) and other.layer.kind == "linear" for other in heads)
-    return isinstance(each.adapter, Embedding) and plain and owners[id(weight)] == 1 + len(heads)
+    return isinstance(each.adapter, Embedding) and plain and owners[_place(weight)] == 1 + len(heads)

@@ -42,7 +42,7 @@ class FactorChain(nn.Sequential):
         shape = self.layout.layer.stored_shape
         source: Source = Made(lambda: self.layout.weight(self.layout.tensors(self)))
         if self.is_pair and self.layout.layer.groups == 1:
-            source = Factors(self.get_parameter("1.weight"), self.get_parameter("0.weight"), source.dense)
+            source = Factors(self[1].weight, self[0].weight, source.dense)  # type: ignore[arg-type]
         return weight_of_factors(factor, shape, source)
 
     @property

@@ -100,9 +100,10 @@ class FactoredParameter(StandIn):
         like = torch.view_as_complex(like.new_empty(2)) if self._complex else like
         if self._whole or not isinstance(factors, FactorChain) or not factors.is_pair:
             return weight_of_factors(like, self._shape, Made(make))
-        right, left = (link.get_parameter("weight") for link in factors)
-        right = right.reshape(*self._shape[:-2], -1, self._shape[-1])  # type: ignore[assignment]
-        left = left.reshape(*self._shape[:-1], -1)  # type: ignore[assignment]
+        links: Any = factors
+        right, left = (link.weight for link in links)
+        right = right.reshape(*self._shape[:-2], -1, self._shape[-1])
+        left = left.reshape(*self._shape[:-1], -1)
         return weight_of_factors(like, self._shape, Factors(left, right, make))
 
     def extra_repr(self) -> str:
@@ -161,14 +162,14 @@ class FactoredEmbedding(nn.Module):
         return weight
 
     def forward(self, input: Tensor) -> Tensor:
-        factors: Any = self.factors
-        if isinstance(factors, FactorChain) and all(isinstance(link, nn.Linear) for link in factors):
-            last, *others = (link.get_parameter("weight") for link in reversed(factors))
-            rows = F.embedding(input, last)
+        links: Any = self.factors
+        if isinstance(self.factors, FactorChain) and all(isinstance(link, nn.Linear) for link in links):
+            last, *others = (link.weight for link in reversed(links))
+            rows: Tensor = F.embedding(input, last, self.padding_idx)
             for factor in others:
                 rows = rows @ factor
             return rows
-        return F.embedding(input, self.weight)
+        return F.embedding(input, self.weight, self.padding_idx)
 
 
 def tied(layer: nn.Module, bias: Tensor | None) -> nn.Module:

@@ -55,11 +55,13 @@ class LazyWeight(Tensor):
     source: Source
     rows: tuple[Any, ...]
     flipped: bool
+    _is_param: bool
 
     @staticmethod
     def of(like: Tensor, source: Source, rows: tuple[Any, ...] = (), flipped: bool = False) -> LazyWeight:
         weight: LazyWeight = Tensor._make_subclass(LazyWeight, like.detach(), like.requires_grad)
         weight.source, weight.rows, weight.flipped = source, rows, flipped
+        weight._is_param = True  # for `isinstance(weight, nn.Parameter)`, which code asks before it reads
         return weight
 
     def make(self) -> Tensor:

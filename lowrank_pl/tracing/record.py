@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank_pl.adapters import release_
 from lowrank_pl.surgery import detached_copy
 from lowrank_pl.tracing.calls import Call, count_inputs
 from lowrank_pl.tracing.recorder import Recorder
@@ -43,6 +44,7 @@ def record(model: nn.Module, example_input: Any, batch_size: int | None = None, 
 def _record(model: nn.Module, example_input: Any, batch: int, training: bool, read: set[str]) -> Trace:
     """One pass; adds the layers whose weight others read, whether they run themselves or not."""
     model = detached_copy(model)
+    release_(model)
     recorder = Recorder(model, batch)
     try:
         run(model, example_input, training)

@@ -53,7 +53,7 @@ class Recorder:
             self._stack.callback(handle.remove)
             watched: dict[str, list[LinearMap]] = {}
             for key, each in maps.items():
-                if each.adapter.shown_by_running or not key:
+                if each.adapter.shown_by_running or each.adapter.hides_parameters or not key:
                     watched.setdefault(key.partition(".")[0] or "weight", []).append(each)
             if watched:
                 owner._parameters = _Watched(owner._parameters, partial(self._shown, watched))
@@ -153,7 +153,10 @@ class Recorder:
         maps, reader = watched.get(key), self._inside[-1] if self._inside else None
         if maps is None or reader is None or isinstance(maps[0].module, LazyModuleMixin):
             return weight
-        if maps[0].is_layer and reader is maps[0].module:
+        if (maps[0].is_layer or maps[0].adapter.hides_parameters) and reader is maps[0].module:
+            return weight
+        if maps[0].adapter.hides_parameters:
+            self.read |= {each.name for others in watched.values() for each in others}
             return weight
         return LazyWeight.of(weight, _Heard(self, maps, weight))
 

@@ -36,7 +36,7 @@ from lowrank_pl.adapters import Attention as AttentionAdapter
 from lowrank_pl.adapters import Recurrent as RecurrentAdapter
 from lowrank_pl.adapters import RowBlocks, find_maps, obstacles, registry
 from lowrank_pl.decompositions import ZERO
-from lowrank_pl.extraction import extract
+from lowrank_pl.extraction import difference, extract
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import FactoredParameter, SplitAttention, SplitRecurrent
 from lowrank_pl.tracing import FUSED, record
@@ -363,10 +363,14 @@ def test_a_projection_that_has_no_parameters_is_held_in_evaluation():
         assert not torch.allclose(layer(x), standardized, atol=1e-3)
         assert torch.equal(copy.deepcopy(layer)(x), layer(x))
         assert torch.equal(layer.train()(x), standardized)  # training goes on with what its parameters say
-    layer.eval()
-    assert torch.equal(layer(x), standardized)
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None
+    layer.eval()  # with gradients, too: by the parameters that make the weight
+    layer(x).square().sum().backward()
+    found = layer.weight.grad.clone()
+    layer.zero_grad()
+    (2 * layer(x).detach() * Standardized.forward(layer, x)).sum().backward()
+    assert torch.allclose(layer(x), F.conv2d(x, weight, layer.bias, padding=1), atol=1e-5)
+    assert torch.allclose(found, layer.weight.grad, atol=1e-3)
+    assert found.any()
     with torch.no_grad():
         layer.weight.add_(0.01)  # somebody writes
         assert torch.equal(layer(x), Standardized.forward(layer, x))
@@ -621,6 +625,118 @@ def test_an_adapter_that_does_not_write_what_it_reads(adapters, tmp_path):
     registry.register_adapter(ReshapedParameters(Relative, {"p": 1}))
     with pytest.raises(ValueError, match="'p'"):
         make_plan(Relative(), "svd", FixedRank(1), ALL)
+
+
+def test_what_is_looked_at_is_left_alone():
+    """Trained orthogonal layers keep a buffer that `right_inverse` writes to; merged LoRA has three matrices."""
+
+    class Merged(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 8)
+            self.weight.requires_grad_(False)
+            self.a, self.b = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.zeros(8, 2))
+
+        def forward(self, x):
+            return F.linear(x, self.weight + self.b @ self.a, self.bias)
+
+    torch.manual_seed(0)
+    net, x = nn.Sequential(parametrizations.orthogonal(nn.Linear(8, 8)), Merged()), torch.randn(4, 8)
+    optimizer = torch.optim.SGD(net[0].parameters(), 0.3)
+    for _ in range(5):
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        optimizer.step()
+    before, state = net(x), copy.deepcopy(net.state_dict())
+    plan = make_plan(net, "svd", FixedRank(1), ALL, record(net, x))
+    assert plan.compressions == []
+    assert "keeps something else" in plan.dense["0"]
+    assert "from 3 matrices" in plan.dense["1"]
+    assert torch.equal(net(x), before)
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("module", [nn.LSTM, nn.MultiheadAttention])
+def test_what_cannot_be_taken_apart_stays_dense(module):
+    class Helped(module):
+        def helper(self):
+            return 1
+
+    class Calls(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return (self.inner(x) if isinstance(self.inner, nn.LSTM) else self.inner(x, x, x))[0]
+
+    name = "weight_hh_l0" if module is nn.LSTM else "in_proj_weight"
+    for inner in (
+        Helped(8, 2),
+        weight_norm(module(8, 2), name),
+        nn.utils.prune.l1_unstructured(module(8, 2), name, 0.5),
+    ):
+        net = Calls(inner).eval()
+        x = torch.randn(5, 3, 8)
+        with pytest.warns(UserWarning, match="No layer was compressed"):
+            small = compress(net, "svd", FixedRank(1), ALL, example_input=x)
+        assert torch.equal(small(x), net(x))
+
+
+def test_code_that_reads_the_matrices_of_a_recurrent_network():
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(8, 8)
+
+        def forward(self, x):
+            return self.rnn(x.to(self.rnn.weight_hh_l0.dtype))[0]
+
+    net, x = Asks(), torch.randn(5, 3, 8)
+    small = compress(net, "svd", FixedRank(1), ALL, example_input=x)
+    assert isinstance(small.rnn, nn.LSTM) or small(x).shape == (5, 3, 8)
+
+
+def test_parameters_that_code_asks_for():
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ws = nn.ParameterList(torch.randn(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            for w in self.ws[1:]:
+                assert isinstance(w, nn.Parameter)
+                x = F.linear(x, w)
+            return x
+
+    net, x = Asks(), torch.randn(4, 8)
+    trace = record(net, x)
+    assert list(trace.calls) == ["ws.1", "ws.2"]
+
+
+def test_the_padding_of_an_embedding_stays():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Embedding(12, 8, padding_idx=3), nn.Linear(8, 8)), torch.randint(0, 12, (6, 5))
+    small = compress(net, "svd", FixedRank(2), ALL, example_input=x)
+    optimizer = torch.optim.SGD(small.parameters(), 0.1)
+    for _ in range(3):
+        small(x).square().sum().backward()
+        optimizer.step()
+    assert torch.allclose(small[0](torch.tensor([3])), torch.zeros(1, 8), atol=1e-6)
+
+
+def test_memory_that_two_parameters_share():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    net[1].weight = nn.Parameter(net[0].weight.data)
+    assert obstacles(net).keys() == {"0", "1"}
+
+
+def test_a_difference_is_seen_in_what_attention_and_others_became():
+    net, x, _ = make("lstm")
+    small = compress(net, "svd", FixedRank(2), ALL, example_input=x)
+    with torch.no_grad():
+        for p in small.parameters():
+            p.mul_(-3)
+    assert "differ" in difference(net, small, x)
 
 
 def test_parametrizations():
