@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from lowrank_pl import Call, summarize
 from lowrank_pl.tracing import with_inputs
@@ -43,3 +44,15 @@ def test_the_axis_that_all_tensors_have():
     assert [x.shape for x in small.args] == [(12, 1, 32), (8, 1, 32)]
     small = with_inputs(Call((torch.randn(8, 12, 32), torch.randn(8, 8, 32)), {"table": torch.randn(5)}, batch=8), 8, 1)
     assert [x.shape for x in small.args] == [(1, 12, 32), (1, 8, 32)]
+
+
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_packed_sequences_are_cut(is_sorted):
+    """The first input has all nine steps, the others fewer."""
+    lengths = torch.tensor([9, 6, 3] if is_sorted else [9, 3, 6])
+    packed = pack_padded_sequence(torch.randn(3, 9, 8), lengths, batch_first=True, enforce_sorted=is_sorted)
+    net = nn.LSTM(8, 16, batch_first=True)
+    state = torch.randn(1, 3, 16), torch.randn(1, 3, 16)
+    report = summarize(net, net, Call((packed, state), batch=3), latency=False)
+    assert report.dense.macs == 9 * (8 + 16) * 64
+    assert sum(layer.dense.macs for layer in report.layers) == 6 * (8 + 16) * 64  # on average

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 SAMPLES = 2  # inputs kept per layer, to verify the extracted layer on
@@ -50,6 +51,8 @@ def leaves(value: Any) -> Iterator[Any]:
     """What containers hold: also dataclasses and mappings such as Hugging Face's, which PyTorch's trees do not know."""
     if isinstance(value, Call):
         value = (value.args, value.kwargs)
+    if isinstance(value, PackedSequence):
+        value = pad_packed_sequence(value, batch_first=True)[0]
     if is_dataclass(value) and not isinstance(value, type):
         value = vars(value)
     if isinstance(value, Mapping):
@@ -88,13 +91,18 @@ def with_inputs(call: Call, batch: int, count: int) -> Call:
     def resized(value: Any) -> Any:
         if isinstance(value, list) and _is_of_samples(value, batch):
             return [_detached(value[i % batch]) for i in range(count)]
+        if isinstance(value, PackedSequence):
+            padded, lengths = pad_packed_sequence(value, batch_first=True)
+            places = torch.arange(count) % len(lengths)
+            some = padded.detach()[places.to(padded.device)]
+            return pack_padded_sequence(some, lengths[places], batch_first=True, enforce_sorted=False)
         if isinstance(value, Tensor):
             axes = common or [axis for axis, n in enumerate(value.shape[:2]) if n == batch]
             places = torch.arange(count, device=value.device) % batch
             return value.detach().index_select(axes[0], places) if axes else value.detach().clone()
         return value
 
-    whole = lambda value: isinstance(value, list) and _is_of_samples(value, batch)  # noqa: E731
+    whole = lambda v: isinstance(v, PackedSequence) or (isinstance(v, list) and _is_of_samples(v, batch))  # noqa: E731
     args, kwargs = tree_map(resized, (call.args, dict(call.kwargs)), is_leaf=whole)
     return Call(args, kwargs, count)
 
