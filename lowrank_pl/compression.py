@@ -236,10 +236,11 @@ def write_weights_(plan: Plan, structures: Mapping[str, Structure]) -> float:
     """Put every projection in its weight's place and return `||w - w~||_F^2 / N(w)` over all targets."""
     squared, count = 0.0, 0
     for c in plan.compressions:
-        projected = structures[c.name].reconstruct()
-        squared += squared_norm(c.read() - projected)
+        before, projected = c.read(), structures[c.name].reconstruct()
+        squared += squared_norm(before - projected)
         count += projected.numel()
-        c.write_(projected)
+        if not torch.equal(before, projected):
+            c.write_(projected)
     return squared / max(count, 1)
 
 

@@ -106,7 +106,9 @@ def extract(
     compressions = {c.name: c for c in plan.compressions}
     for name, each in maps.items():
         c = compressions.get(names[name])
-        if c is None or isinstance(structures[c.name].layout, Dense):
+        if c is None:
+            continue
+        if isinstance(structures[c.name].layout, Dense) and each.adapter.is_exact(each.module, each.key):
             continue
         structure = structures[c.name]
         seen = trace is not None and c.name in trace.samples

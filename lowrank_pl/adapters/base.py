@@ -65,6 +65,10 @@ class Adapter(ABC):
         """Submodules whose weights are among the maps."""
         return ()
 
+    def is_exact(self, module: nn.Module, key: str) -> bool:
+        """Whether the parameters make the weight that is used, as far as `write_` has to do with it."""
+        return True
+
     def obstacle(self, module: nn.Module, key: str) -> str | None:
         """Why the map can be neither projected nor replaced; None if it can."""
         return None

@@ -69,6 +69,10 @@ class Computed(OneMap):
     def parameters(self, module: nn.Module, key: str) -> tuple[Tensor, ...]:
         return tuple(_own(module))
 
+    def is_exact(self, module: nn.Module, key: str) -> bool:
+        held = _held(module)
+        return held is None or not held.counts(module)
+
     def inside(self, module: nn.Module) -> Sequence[nn.Module]:
         return list(module.children())
 

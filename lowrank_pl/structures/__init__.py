@@ -27,8 +27,10 @@ def layout_from_dict(values: Any, layer: LayerSpec) -> Layout:
 
     Raises `ValueError` for anything else, and for a layout that does not fit the layer.
     """
-    for kind in (Chain, Tiles, Constant):
+    for kind in (Chain, Tiles, Constant, Dense):
         layout = kind.from_dict(values, layer) if isinstance(values, dict) else None
         if layout is not None:
             return layout
-    raise ValueError(f"Expected a chain, tiles or a constant in place of {layer} but got {values!r:.200}")
+    raise ValueError(
+        f"Expected a chain, tiles, a constant or a dense layer in place of {layer} but got {values!r:.200}"
+    )

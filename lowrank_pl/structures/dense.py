@@ -50,3 +50,8 @@ class Dense(Layout):
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "dense"}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], layer: LayerSpec) -> Dense | None:
+        """None for anything else than what `to_dict` gives."""
+        return cls(layer) if values == {"kind": "dense"} else None

@@ -35,7 +35,8 @@ from lowrank_pl import (
 from lowrank_pl.adapters import Attention as AttentionAdapter
 from lowrank_pl.adapters import Recurrent as RecurrentAdapter
 from lowrank_pl.adapters import RowBlocks, find_maps, obstacles, registry
-from lowrank_pl.decompositions import ZERO
+from lowrank_pl.compression import write_weights_
+from lowrank_pl.decompositions import DENSE, ZERO
 from lowrank_pl.extraction import difference, extract
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import FactoredParameter, SplitAttention, SplitRecurrent
@@ -409,6 +410,21 @@ def test_rank_0(name):
     plan = make_plan(net, "svd", FixedRank(1), ALL, record(net, x))
     small = extract(net, plan, plan.factor(dict.fromkeys((c.name for c in plan.compressions), ZERO)), {})
     assert small(x).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["standardized", "spectral_norm", "weight_norm", "equalized"])
+def test_what_stays_dense_is_saved_as_it_is_used(name, tmp_path):
+    """A C step moves weights that stay dense, too, to what parameters may not make: it is folded then."""
+    net, x, _ = make(name)
+    plan = make_plan(net, "svd", FixedRank(1), ALL, record(net, x))
+    structures = plan.factor(dict.fromkeys((c.name for c in plan.compressions), DENSE))
+    first, second = structures
+    structures[first] = structures[first].with_tensors([w + torch.randn_like(w) for w in structures[first].tensors])
+    structures[second] = plan.factor(plan.choose_ranks())[second]
+    write_weights_(plan, structures)
+    small = extract(net, plan, structures, {}, in_memory=True)
+    save_compressed(small, tmp_path)
+    assert torch.allclose(load_compressed(CASES[name][0](), tmp_path).eval()(x), net(x), atol=1e-5)
 
 
 def test_what_takes_the_place():
