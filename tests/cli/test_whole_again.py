@@ -75,7 +75,7 @@ def test_without_any_one_of_its_files(part: int, state: str, whole: Path, tmp_pa
             assert Path(name).name in done.output.splitlines()[-1], (name, done.output)
 
 
-@pytest.mark.parametrize("more", [[], ["--extend"]], ids=["again", "extended"])
+@pytest.mark.parametrize("more", [pytest.param([], marks=pytest.mark.slow), ["--extend"]], ids=["again", "extended"])
 def test_a_killed_sweep_loses_and_doubles_no_job(more: list[str], tmp_path: Path) -> None:
     words = [*SMALL, "compression.S_D=7", "trainer.max_epochs=30", "--dir", "sweep", "--jobs", "2"]
     process = start("sweep", *words, "seed=1,2,3", folder=tmp_path)
