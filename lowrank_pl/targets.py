@@ -78,7 +78,7 @@ class Targets:
         """The first convolution and the last linear layer of every network, in these words."""
         networks: dict[str, list[str]] = {}
         for name in trace.calls if trace else maps:
-            if name in maps and maps[name].is_layer:
+            if name in maps and maps[name].is_layer and "Embedding" not in maps[name].kinds:
                 networks.setdefault(trace.networks.get(name, "") if trace else "", []).append(name)
         found: dict[str, str] = {}
         for network, names in networks.items():

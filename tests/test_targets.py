@@ -124,3 +124,9 @@ def test_what_does_not_get_cheaper_stays_dense() -> None:
     rows = plan.rows(plan.choose_ranks())
     assert [(row.structure, row.weights) for row in rows] == [("svd", 108_400), ("dense", 30_000), ("dense", 1_000)]
     assert rows[1].note == "svd of rank 100 has 40,000 weights"
+
+
+def test_an_embedding_is_no_last_linear_layer():
+    """Registered, or run, behind the head."""
+    net = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 4), "table": nn.Embedding(10, 8)})
+    assert make_plan(net, "svd", FixedRank(1)).dense["head"] == "the last linear layer"

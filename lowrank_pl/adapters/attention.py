@@ -34,9 +34,6 @@ class Attention(Adapter):
         weight: Tensor = parameter.chunk(3)[_PLACES[key]]
         return weight
 
-    def write_(self, module: nn.Module, key: str, weight: Tensor) -> None:
-        self.read(module, key).detach().copy_(weight)
-
     def parameters(self, module: nn.Module, key: str) -> tuple[Tensor, ...]:
         own: Any = module
         if key == "out_proj":

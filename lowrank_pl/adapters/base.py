@@ -38,9 +38,10 @@ class Adapter(ABC):
     def read(self, module: nn.Module, key: str) -> Tensor:
         """The weight, as it is used; differentiable where gradients are on."""
 
-    @abstractmethod
     def write_(self, module: nn.Module, key: str, weight: Tensor) -> None:
-        """Put another weight in its place, in memory that stays the same. Called without gradients."""
+        """Put another weight in its place, in memory that stays the same: that of what `read` gives, where this is a
+        view of the parameters. Called without gradients."""
+        self.read(module, key).detach().copy_(weight)
 
     @abstractmethod
     def parameters(self, module: nn.Module, key: str) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import final
 
 from torch import Tensor, nn
 
@@ -22,13 +22,5 @@ class Conv1D(OneMap):
         return {"": LayerSpec("linear", weight.shape[0], weight.shape[1])}
 
     def read(self, module: nn.Module, key: str) -> Tensor:
-        weight: Any = module.weight
-        matrix: Tensor = weight.T
-        return matrix
-
-    def write_(self, module: nn.Module, key: str, weight: Tensor) -> None:
-        self.read(module, key).detach().copy_(weight)
-
-    def parameters(self, module: nn.Module, key: str) -> tuple[Tensor, ...]:
-        weight: Any = module.weight
-        return (weight,)
+        (weight,) = self.parameters(module, key)
+        return weight.T

@@ -27,17 +27,6 @@ class Embedding(OneMap):
     def bias(self, module: nn.Module, key: str) -> Tensor | None:
         return None
 
-    def read(self, module: nn.Module, key: str) -> Tensor:
-        weight: Any = module.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    def write_(self, module: nn.Module, key: str, weight: Tensor) -> None:
-        self.read(module, key).detach().copy_(weight)
-
-    def parameters(self, module: nn.Module, key: str) -> tuple[Tensor, ...]:
-        return (self.read(module, key),)
-
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
         return {}
 

@@ -14,7 +14,17 @@ from lowrank_pl.layers import LAYER_TYPES, spec_of
 
 
 class OneMap(Adapter):
-    """A module that is one linear map of its only argument."""
+    """A module that is one linear map of its only argument, by its parameter `weight`."""
+
+    def read(self, module: nn.Module, key: str) -> Tensor:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def parameters(self, module: nn.Module, key: str) -> tuple[Tensor, ...]:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return (weight,)
 
     def bias(self, module: nn.Module, key: str) -> Tensor | None:
         bias = module.bias
@@ -39,17 +49,6 @@ class Ordinary(OneMap):
         if not isinstance(module, LAYER_TYPES):
             return {}
         return {"": LayerSpec("linear", 0, 0) if isinstance(module, LazyModuleMixin) else spec_of(module)}
-
-    def read(self, module: nn.Module, key: str) -> Tensor:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    def write_(self, module: nn.Module, key: str, weight: Tensor) -> None:
-        self.read(module, key).detach().copy_(weight)
-
-    def parameters(self, module: nn.Module, key: str) -> tuple[Tensor, ...]:
-        return (self.read(module, key),)
 
     def obstacle(self, module: nn.Module, key: str) -> str | None:
         weight = module._parameters.get("weight")

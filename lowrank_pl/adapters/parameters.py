@@ -98,9 +98,6 @@ class Experts(Adapter):
         weight: Tensor = parameter[int(i)]
         return weight
 
-    def write_(self, module: nn.Module, key: str, weight: Tensor) -> None:
-        self.read(module, key).detach().copy_(weight)
-
     def parameters(self, module: nn.Module, key: str) -> tuple[Tensor, ...]:
         parameter: Any = module._parameters[key.rpartition(".")[0]]
         return (parameter,)

@@ -31,9 +31,6 @@ class Recurrent(Adapter):
         assert isinstance(weight, Tensor)
         return weight
 
-    def write_(self, module: nn.Module, key: str, weight: Tensor) -> None:
-        self.read(module, key).detach().copy_(weight)
-
     def parameters(self, module: nn.Module, key: str) -> tuple[Tensor, ...]:
         return (self.read(module, key),)
 
