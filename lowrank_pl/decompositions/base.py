@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 from torch import Tensor
 
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.linalg import SingularSystem
+from lowrank_pl.metric import Metric
 from lowrank_pl.structures import Constant, Dense, Layout, Rank, Structure
 
 
@@ -45,18 +47,19 @@ class Decomposition(Candidates):
         """What will be deployed at this rank, in integers: parameters, MACs and modules follow from it."""
 
     @abstractmethod
-    def analyze(self, weight: Tensor, layer: LayerSpec) -> Analysis:
-        """Decompose a weight, once for its spectrum and for its factors at any rank.
+    def analyze(self, weight: Tensor, layer: LayerSpec, metric: Metric | None = None) -> Analysis:
+        """Decompose a weight, once for its spectrum and for its factors at any rank, nearest in a metric, by default
+        in Frobenius norm.
 
         Raises `ValueError` for weights that are not finite.
         """
 
     @final
-    def factor(self, weight: Tensor, layer: LayerSpec, rank: Rank) -> Structure:
+    def factor(self, weight: Tensor, layer: LayerSpec, rank: Rank, metric: Metric | None = None) -> Structure:
         """The projection of one weight at one rank, which is checked first. Raises what `analyze` and `Analysis.factor`
         raise."""
         self.check_rank(layer, rank)
-        return self.analyze(weight.detach(), layer).factor(rank)
+        return self.analyze(weight.detach(), layer, metric).factor(rank)
 
     @final
     def check_rank(self, layer: LayerSpec, rank: Rank) -> None:
@@ -74,7 +77,9 @@ class Analysis(ABC):
     def errors(self) -> tuple[Tensor, ...]:
         """Per entry of the rank, the squared error that truncation costs: float64 `[full + 1]`, from rank 0 on.
 
-        Where the rank has several entries, the sum over them bounds the squared error of the projection from above.
+        Where the rank has several entries, the sum over them bounds the squared error of the projection from above. In
+        a metric they are exact for `SVD`, and estimates for all others (see `Stagewise`); the first is the squared norm
+        of the weight always.
         """
 
     @abstractmethod
@@ -110,6 +115,45 @@ class Truncation(Analysis):
         dtype, layout = self.systems[0].matrix.dtype, self.decomposition.layout(self.layer, rank)
         tensors = self.arrange(self.layer, layout, [(a.to(dtype), b.to(dtype)) for a, b in factors])
         return Structure(layout, rank, tuple(tensors))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Stagewise(Analysis):
+    """The analysis, in a metric, of structures for which the nearest one has no closed form.
+
+    `marginal` is that of the weight with each stage in what the metric is for the inputs that this stage sees alone;
+    then the last factors are refitted in the whole metric. Where that is not nearer than the projection in Frobenius
+    norm, as it may happen where inputs are correlated across blocks, that projection is refitted instead: the result is
+    never worse. `errors` are those of the marginal metrics, in proportion to the squared norm: estimates.
+    """
+
+    decomposition: Decomposition
+    layer: LayerSpec
+    weight: Tensor
+    metric: Metric
+    marginal: Analysis
+
+    @cached_property
+    def errors(self) -> tuple[Tensor, ...]:
+        energy, estimates = self.metric.squared_norm(self.weight), self.marginal.errors
+        return tuple(tails * (energy / tails[0]) if tails[0] > 0 else tails for tails in estimates)
+
+    def factor(self, rank: Rank) -> Structure:
+        found = self._refitted(self.marginal.factor(rank))
+        plain = self._plain.factor(rank)
+        return found if self._error(found) <= self._error(plain) else self._refitted(plain)
+
+    @cached_property
+    def _plain(self) -> Analysis:
+        return self.decomposition.analyze(self.weight, self.layer)
+
+    def _refitted(self, structure: Structure) -> Structure:
+        tensors = structure.layout.refit([x.double() for x in structure.tensors], self.weight.double(), self.metric)
+        return structure.with_tensors([x.to(self.weight.dtype) for x in tensors])
+
+    def _error(self, structure: Structure) -> float:
+        return self.metric.squared_norm(self.weight - structure.reconstruct())
 
 
 @final

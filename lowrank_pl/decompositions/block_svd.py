@@ -8,10 +8,11 @@ from typing import final
 from torch import Tensor
 
 from lowrank_pl.checks import check_int
-from lowrank_pl.decompositions.base import Decomposition, Truncation
+from lowrank_pl.decompositions.base import Analysis, Decomposition, Stagewise, Truncation
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import as_operator
 from lowrank_pl.linalg import decompose
+from lowrank_pl.metric import Metric
 from lowrank_pl.structures import Chain, Layout, Rank
 
 
@@ -47,9 +48,15 @@ class BlockSVD(Decomposition):
         first = layer.with_(out_channels=rank[0] * blocks, groups=blocks)
         return Chain(layer, (first, first.then(layer.out_channels)))
 
-    def analyze(self, weight: Tensor, layer: LayerSpec) -> Truncation:
-        blocks = as_operator(weight, layer).unflatten(1, (self.blocks(layer), -1)).transpose(0, 1).flatten(2)
-        return Truncation(self, layer, [decompose(blocks)], _arrange)  # of [blocks, T, c d d]
+    def analyze(self, weight: Tensor, layer: LayerSpec, metric: Metric | None = None) -> Analysis:
+        count = self.blocks(layer)
+        blocks = as_operator(weight, layer).unflatten(1, (count, -1)).transpose(0, 1).flatten(2)  # [blocks, T, c d d]
+        if metric is None:
+            return Truncation(self, layer, [decompose(blocks)], _arrange)
+        inputs = metric.columns(*range(len(layer.kernel)))
+        of_blocks = None if inputs is None else inputs.blocks(0, count, blocks.shape[-1]).squeeze(0)
+        system = decompose(blocks, metric.rows(), of_blocks)
+        return Stagewise(self, layer, weight, metric, Truncation(self, layer, [system], _arrange))
 
 
 def _arrange(layer: LayerSpec, layout: Layout, factors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:

@@ -7,10 +7,11 @@ from typing import Any, final
 
 from torch import Tensor
 
-from lowrank_pl.decompositions.base import Decomposition, Truncation
+from lowrank_pl.decompositions.base import Analysis, Decomposition, Stagewise, Truncation
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import as_operator
 from lowrank_pl.linalg import decompose
+from lowrank_pl.metric import Metric
 from lowrank_pl.structures import Chain, Layout, Rank
 
 
@@ -41,10 +42,13 @@ class SpatialSVD(Decomposition):
         rows = layer.with_(in_channels=columns.out_channels, inputs=columns.outputs, **axis(1))
         return Chain(layer, (columns, rows))
 
-    def analyze(self, weight: Tensor, layer: LayerSpec) -> Truncation:
+    def analyze(self, weight: Tensor, layer: LayerSpec, metric: Metric | None = None) -> Analysis:
         operator = as_operator(weight, layer).unflatten(0, (layer.groups, -1))
         matrices = operator.permute(0, 1, 4, 2, 3).flatten(1, 2).flatten(2)  # [groups, T d, S d]
-        return Truncation(self, layer, [decompose(matrices)], _arrange)
+        if metric is None:
+            return Truncation(self, layer, [decompose(matrices)], _arrange)
+        system = decompose(matrices, metric.rows(layer.kernel[1]), metric.columns(0))
+        return Stagewise(self, layer, weight, metric, Truncation(self, layer, [system], _arrange))
 
 
 def _arrange(layer: LayerSpec, layout: Layout, factors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -10,7 +11,8 @@ from torch import Tensor
 from lowrank_pl.decompositions.base import Decomposition, Truncation
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import as_operator
-from lowrank_pl.linalg import decompose
+from lowrank_pl.linalg import Root, decompose
+from lowrank_pl.metric import Metric
 from lowrank_pl.structures import Chain, Layout, Rank
 
 
@@ -44,8 +46,13 @@ class SVD(Decomposition):
         )  # fmt: skip
         return Chain(layer, (first, layer.with_(in_channels=channels, inputs=first.outputs)))
 
-    def analyze(self, weight: Tensor, layer: LayerSpec) -> Truncation:
-        return Truncation(self, layer, [decompose(self._matrices(weight, layer))], _arrange)
+    def analyze(self, weight: Tensor, layer: LayerSpec, metric: Metric | None = None) -> Truncation:
+        sides: tuple[Root | None, Root | None] = (None, None)
+        if metric is not None and layer.kind == "conv_transpose":
+            sides = (metric.columns(), metric.rows(math.prod(layer.kernel)))
+        elif metric is not None:
+            sides = (metric.rows(), metric.columns(*range(len(layer.kernel))))
+        return Truncation(self, layer, [decompose(self._matrices(weight, layer), *sides)], _arrange)
 
     def _matrix_shape(self, layer: LayerSpec) -> tuple[int, int]:
         rows = layer.in_channels if layer.kind == "conv_transpose" else layer.out_channels

@@ -8,10 +8,11 @@ from typing import final
 from torch import Tensor
 
 from lowrank_pl.checks import check_among, check_int
-from lowrank_pl.decompositions.base import Decomposition, Truncation
+from lowrank_pl.decompositions.base import Analysis, Decomposition, Stagewise, Truncation
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import Run, lowered, tile_regions, tile_side
 from lowrank_pl.linalg import decompose
+from lowrank_pl.metric import Metric, lowered_roots
 from lowrank_pl.structures import Layout, Rank, Tiles
 
 
@@ -47,15 +48,20 @@ class TiledSVD(Decomposition):
     def layout(self, layer: LayerSpec, rank: Rank) -> Tiles:
         return Tiles(layer, self.side(layer), rank[0], self.run)
 
-    def analyze(self, weight: Tensor, layer: LayerSpec) -> Truncation:
-        matrices = lowered(weight, layer)
-        regions = [
-            matrices[:, rows.start : rows.stop, columns.start : columns.stop]
-            .reshape(-1, rows.tiles, rows.size, columns.tiles, columns.size)
-            .transpose(2, 3)
-            for rows, columns in tile_regions(layer, self.side(layer))
-        ]
-        return Truncation(self, layer, [decompose(tiles) for tiles in regions], _arrange)  # of [g, m, n, h, w]
+    def analyze(self, weight: Tensor, layer: LayerSpec, metric: Metric | None = None) -> Analysis:
+        matrices, systems = lowered(weight, layer), []
+        outputs, inputs = (None, None) if metric is None else lowered_roots(metric)
+        for rows, columns in tile_regions(layer, self.side(layer)):
+            tiles = (
+                matrices[:, rows.start : rows.stop, columns.start : columns.stop]
+                .reshape(-1, rows.tiles, rows.size, columns.tiles, columns.size)
+                .transpose(2, 3)
+            )  # [g, m, n, h, w]
+            left = None if outputs is None else outputs.blocks(rows.start, rows.tiles, rows.size).unsqueeze(2)
+            right = None if inputs is None else inputs.blocks(columns.start, columns.tiles, columns.size).unsqueeze(1)
+            systems.append(decompose(tiles, left, right))
+        found = Truncation(self, layer, systems, _arrange)
+        return found if metric is None else Stagewise(self, layer, weight, metric, found)
 
 
 def _arrange(layer: LayerSpec, layout: Layout, factors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:

@@ -2,6 +2,8 @@
 
 from lowrank_pl.linalg.evbmf import evb_rank
 from lowrank_pl.linalg.precision import product_dtype
+from lowrank_pl.linalg.regression import regress
+from lowrank_pl.linalg.root import Root
 from lowrank_pl.linalg.svd import (
     SingularSystem,
     decompose,
@@ -14,12 +16,14 @@ from lowrank_pl.linalg.svd import (
 from lowrank_pl.linalg.tucker import tucker2, unfold
 
 __all__ = [
+    "Root",
     "SingularSystem",
     "decompose",
     "evb_rank",
     "leading_vectors",
     "left_system",
     "product_dtype",
+    "regress",
     "singular_energies",
     "squared_norm",
     "tail_energies",

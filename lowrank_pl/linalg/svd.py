@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # not exported for type checkers
 
+from lowrank_pl.linalg.root import Root
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -21,55 +23,71 @@ class SingularSystem:
     """A decomposed matrix `[..., m, n]`, whose spectrum and truncations all follow from one decomposition.
 
     `energies` are the squared singular values `[..., k]`, k = min(m, n), largest first; `basis` `[..., k, k]` are the
-    singular vectors of the shorter side; float64. The matrix itself must not be written to meanwhile.
+    singular vectors of the shorter side; float64. The matrix itself must not be written to meanwhile. With `left`
+    `[..., m, m]` and `right` `[..., n, n]` they are those of `left^(1/2) A right^(1/2)`, and truncations are nearest in
+    that sense.
     """
 
     matrix: Tensor
     energies: Tensor
     basis: Tensor
+    left: Root | None = None
+    right: Root | None = None
 
     @property
     def tails(self) -> Tensor:
-        """What truncation loses: `tails[..., r] = min ||A - A_r||_F^2` over matrices `A_r` of rank r, `[..., k + 1]`.
+        """What truncation loses: `tails[..., r] = min ||left^(1/2) (A - A_r) right^(1/2)||_F^2` over matrices `A_r` of
+        rank r, `[..., k + 1]`.
 
-        `tails[..., 0]` is `||A||_F^2`, the last entry is 0.
+        `tails[..., 0]` is that of `A_r = 0`, the last entry is 0.
         """
         return tail_energies(self.energies)
 
     def truncate(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Balanced factors of the best approximation of rank r: `left @ right`, `sqrt(sigma)` in each.
+        """Factors of the best approximation of rank r, `left @ right`, balanced: `sqrt(sigma)` in each, or, where roots
+        are given, norms alike.
 
         Shapes `[..., m, r]` and `[..., r, n]`, float64 whatever the matrix, so that the caller decides where rounding
         happens. Raises `ValueError` for a rank outside [1, min(m, n)].
         """
         if not 1 <= rank <= min(self.matrix.shape[-2:]):
             raise ValueError(f"Expected a rank in [1, {min(self.matrix.shape[-2:])}] but got {rank}")
-        wide = _short_side_first(self.matrix.double())
-        basis = self.basis[..., :rank]
-        coordinates = basis.mT @ wide
+        wide, side, _ = _short_side_first(self.matrix.double(), self.left, self.right)
+        left = self.basis[..., :rank]
+        # the other side needs no root: with U the leading vectors of `A right^(1/2)`, `A_r` is `U U^T A`
+        right = left.mT @ (wide if side is None else side.times(wide.mT).mT)
+        left = left if side is None else side.solve(left.mT).mT
         # The length of each row is its singular value, more exactly than the eigenvalue is; a row of length 0 stays 0.
-        scale = torch.linalg.vector_norm(coordinates, dim=-1, keepdim=True).sqrt()
-        left = basis * scale.mT
-        right = coordinates / scale.where(scale > 0, 1.0)
+        length = torch.linalg.vector_norm(right, dim=-1, keepdim=True)
+        scale = (length if side is None else length / torch.linalg.vector_norm(left, dim=-2).unsqueeze(-1)).sqrt()
+        left = left * scale.mT
+        right = right / scale.where(scale > 0, 1.0)
         return (left, right) if wide.shape == self.matrix.shape else (right.mT, left.mT)
 
 
-def decompose(matrix: Tensor) -> SingularSystem:
-    """The singular system of `[..., m, n]`.
+def decompose(matrix: Tensor, left: Root | None = None, right: Root | None = None) -> SingularSystem:
+    """The singular system of `[..., m, n]`, or of `left^(1/2) A right^(1/2)`.
 
     A float64 matrix by SVD, since its entries have more digits than a Gram matrix keeps. Raises `ValueError` for
     entries that are not finite.
     """
-    wide = _short_side_first(matrix.double())
+    left, right = (None if root is None else root.to(matrix.device) for root in (left, right))
+    if matrix.shape[-2] > matrix.shape[-1]:
+        right = None if right is None else right.square  # whose inverse is needed
+    left = None if left is None else left.square
+    wide, side, other = _short_side_first(matrix.double(), left, right)
+    white = wide if side is None else side.times(wide.mT).mT
+    white = white if other is None else other.times(white)
     if matrix.dtype == torch.float64:
-        left, singular, _ = _svd(wide)
-        return SingularSystem(matrix, singular.square(), left)
-    return SingularSystem(matrix, *_gram_eigh(wide))
+        basis, singular, _ = _svd(white, full=white.shape[-1] < white.shape[-2])
+        energies = torch.nn.functional.pad(singular.square(), (0, white.shape[-2] - singular.shape[-1]))
+        return SingularSystem(matrix, energies, basis, left, right)
+    return SingularSystem(matrix, *_gram_eigh(white), left, right)
 
 
 def singular_energies(matrix: Tensor) -> Tensor:
     """Squared singular values alone, largest first. Shapes: `[..., m, n]` to `[..., min(m, n)]`, float64."""
-    wide = _short_side_first(matrix.double())
+    wide, _, _ = _short_side_first(matrix.double(), None, None)
     if matrix.dtype == torch.float64:
         return _svd(wide)[1].square()
     return _gram_eigh(wide, vectors=False)[0]
@@ -104,8 +122,8 @@ def squared_norm(weight: Tensor) -> float:
     return float(torch.linalg.vector_norm(weight.flatten(1), dim=1).double().square().sum())
 
 
-def _short_side_first(matrix: Tensor) -> Tensor:
-    return matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
+def _short_side_first(matrix: Tensor, left: Root | None, right: Root | None) -> tuple[Tensor, Root | None, Root | None]:
+    return (matrix, left, right) if matrix.shape[-2] <= matrix.shape[-1] else (matrix.mT, right, left)
 
 
 def _gram(matrix: Tensor, parts: int = 4) -> Tensor:

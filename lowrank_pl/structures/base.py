@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.linalg import product_dtype
+from lowrank_pl.metric import Metric
 
 Rank = tuple[int, ...]
 
@@ -63,6 +64,10 @@ class Layout(ABC):
     @abstractmethod
     def tensors(self, module: nn.Module) -> tuple[Tensor, ...]:
         """The inverse of `parameters`: its tensors from a module of this layout, for autograd to follow."""
+
+    @abstractmethod
+    def refit(self, tensors: Sequence[Tensor], target: Tensor, metric: Metric) -> tuple[Tensor, ...]:
+        """The same with the last factors such that the weight is nearest to `target`, given the others. float64."""
 
     @abstractmethod
     def describe(self) -> str:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import FactorChain, as_operator, as_stored, build
+from lowrank_pl.linalg import regress
+from lowrank_pl.metric import Metric, grouped
 from lowrank_pl.structures.base import Layout, total_macs
 
 
@@ -52,6 +54,18 @@ class Chain(Layout):
     def tensors(self, module: nn.Module) -> tuple[Tensor, ...]:
         weights = (module.get_parameter(f"{i}.weight") for i in range(len(self.stages)))
         return tuple(map(as_operator, weights, self.stages))
+
+    def refit(self, tensors: Sequence[Tensor], target: Tensor, metric: Metric) -> tuple[Tensor, ...]:
+        """In closed form where the outputs weigh alike, or are those of one group."""
+        last, stage = tensors[-1], self.links[-1]
+        features = last[0].numel()
+        eye = torch.eye(features, dtype=last.dtype, device=last.device).unflatten(1, last.shape[1:])
+        units = eye.repeat(stage.groups, *[1] * (eye.dim() - 1))  # with which the chain gives what its last link sees
+        seen, groups = tensors[0], self.links[0].groups
+        for link, following in zip(self.links[1:], [*tensors[1:-1], units], strict=True):
+            seen, groups = _compose(seen, groups, following, link.groups)
+        white = metric.whiten(seen.unflatten(0, (self.layer.groups, -1)))
+        return *tensors[:-1], regress(metric.whiten(grouped(target, self.layer)), white).reshape(last.shape)
 
     def describe(self) -> str:
         return " > ".join(map(_in_words, self.stages))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import ConstantLayer
+from lowrank_pl.metric import Metric
 from lowrank_pl.structures.base import Layout
 
 
@@ -44,6 +45,9 @@ class Constant(Layout):
     def tensors(self, module: nn.Module) -> tuple[Tensor, ...]:
         like = next(module.parameters(), torch.empty(0))
         return (like.new_empty(0),)
+
+    def refit(self, tensors: Sequence[Tensor], target: Tensor, metric: Metric) -> tuple[Tensor, ...]:
+        return tuple(tensors)
 
     def describe(self) -> str:
         return "constant"

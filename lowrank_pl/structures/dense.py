@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import build
+from lowrank_pl.metric import Metric
 from lowrank_pl.structures.base import Layout
 
 
@@ -44,6 +45,9 @@ class Dense(Layout):
         weight = module.weight
         assert isinstance(weight, Tensor)
         return (weight,)
+
+    def refit(self, tensors: Sequence[Tensor], target: Tensor, metric: Metric) -> tuple[Tensor, ...]:
+        return (target,)
 
     def describe(self) -> str:
         return "dense"

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import Run, TiledLayer, factor_shapes, tile_regions, tile_side, weight_of_tiles
+from lowrank_pl.layers import Run, TiledLayer, factor_shapes, lowered, tile_regions, tile_side, weight_of_tiles
+from lowrank_pl.linalg import regress
+from lowrank_pl.metric import Metric, lowered_roots
 from lowrank_pl.structures.base import Layout, total_macs
 
 _NOTES = {"factors": "runs from its factors", "dense": "stored as factors, runs dense"}
@@ -71,6 +75,36 @@ class Tiles(Layout):
 
     def tensors(self, module: nn.Module) -> tuple[Tensor, ...]:
         return tuple(parameter for name, parameter in module.named_parameters() if name != "bias")
+
+    def refit(self, tensors: Sequence[Tensor], target: Tensor, metric: Metric) -> tuple[Tensor, ...]:
+        """All left factors in a row of tiles together, as if outputs weighed alike."""
+        _, inputs = lowered_roots(metric)
+        matrices = lowered(target, self.layer)
+        regions, count = tile_regions(self.layer, self.tile), len(tensors) // 2
+        lefts, rights = [x.clone() for x in tensors[:count]], tensors[count:]
+        for row in dict.fromkeys(row for row, _ in regions):
+            places = [i for i, (other, _) in enumerate(regions) if other == row]
+            for tile in range(row.tiles):
+                start = row.start + tile * row.size
+                part, seen = matrices[:, start : start + row.size], self._seen(rights, places, tile)
+                white = (part, seen) if inputs is None else (inputs.to(part.device).times(x) for x in (part, seen))
+                found = regress(*white).split([lefts[i].shape[2] for i in places], dim=2)
+                for i, each in zip(places, found, strict=True):
+                    lefts[i].unflatten(0, (self.layer.groups, -1))[:, tile] = each
+        return *lefts, *rights
+
+    def _seen(self, rights: Sequence[Tensor], places: Sequence[int], tile: int) -> Tensor:
+        """What the left factors of one row of tiles are applied to, of these regions: `[g, n r, columns]`."""
+        rows, regions = [], tile_regions(self.layer, self.tile)
+        for i in places:
+            row, column = regions[i]
+            blocks = rights[i].unflatten(0, (self.layer.groups, -1)).unflatten(2, (row.tiles, -1))[:, :, tile]
+            spread = blocks.new_zeros(*blocks.shape[:3], column.tiles, column.size)
+            each = torch.arange(column.tiles)
+            spread[:, each, :, each] = blocks.transpose(0, 1)  # indices apart move to the front
+            rows.append((column, spread.flatten(3).flatten(1, 2)))
+        width = max(column.stop for column, _ in rows)
+        return torch.cat([F.pad(x, (column.start, width - column.stop)) for column, x in rows], dim=1)
 
     def describe(self) -> str:
         return f"tiles of {self.tile}, rank {self.rank}"

@@ -516,7 +516,6 @@ def count(monkeypatch, place, calls):
         [],
         "chain",
         {},
-        {"kind": "dense"},
         {"kind": "chain", "stages": []},
         {"kind": "chain", "stages": [{"kind": "linear"}]},
         {"kind": "chain", "stages": "linear"},

@@ -1,0 +1,107 @@
+"""In which sense a structure is near to a layer's weight: Frobenius, or by what the layer is given."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.layers import as_operator
+from lowrank_pl.linalg import Root
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """`||B^(1/2) (Theta - M) A^(1/2)||_F^2` for weights Theta and M of one layer, summed up over its groups.
+
+    `inputs` is the root of `A = E[x x^T]`, `[groups, columns, columns]`, of what the layer's matrices are applied to:
+    patches `[S / groups, *kernel]` of a convolution's input, vectors `[S / groups]` of a linear layer's and of a
+    transposed convolution's, whose matrices give patches of the output. `outputs` is that of `B = E[g g^T]`,
+    `[groups, T / groups, T / groups]`, of the gradients at its outputs. None stands for 1.
+    """
+
+    layer: LayerSpec
+    inputs: Root | None = None
+    outputs: Root | None = None
+
+    def __post_init__(self) -> None:
+        layer = self.layer.with_(inputs=(), share=1.0)
+        for name, root, size in (("inputs", self.inputs, _columns(layer)), ("outputs", self.outputs, self._rows)):
+            if root is None:
+                continue
+            shape = root.factor.shape[: -1 if root.is_diagonal else -2]
+            if (*shape, root.size) != (layer.groups, size):
+                raise ValueError(
+                    f"Expected `{name}` to be the root of moments {[layer.groups, size, size]}: groups of the layer, "
+                    f"then what its matrices are applied to; but got one of {[*shape, root.size, root.size]}"
+                )
+
+    @property
+    def _rows(self) -> int:
+        return self.layer.out_channels // self.layer.groups
+
+    def columns(self, *axes: int) -> Root | None:
+        """The root for input channels and these kernel axes, summed up over the other axes: `[groups, S / groups *
+        sizes, ...]`, in the order of `as_operator`."""
+        if self.inputs is None:
+            return None
+        layer, sizes = self.layer, [self.layer.kernel[i] for i in axes]
+        if layer.kind == "conv_transpose":  # the same at every place of the kernel
+            return self.inputs.repeated(math.prod(sizes)) if sizes else self.inputs
+        return self.inputs.marginal((layer.in_channels // layer.groups, *layer.kernel), [0, *(1 + i for i in axes)])
+
+    def rows(self, places: int = 1) -> Root | None:
+        """The root for output channels, each at so many places: `[groups, T / groups * places, ...]`."""
+        return self.outputs if self.outputs is None or places == 1 else self.outputs.repeated(places)
+
+    def whiten(self, operator: Tensor) -> Tensor:
+        """`[groups, m, S / groups, *kernel]` to `[groups, m, k]`, whose products are those in A."""
+        if self.inputs is None:
+            return operator.flatten(2)
+        inputs = self.inputs.to(operator.device)
+        if self.layer.kind != "conv_transpose":
+            return inputs.times(operator.flatten(2))
+        places = operator.flatten(3) if self.layer.kernel else operator.unsqueeze(3)
+        white = inputs.times(places.transpose(2, 3).flatten(1, 2))
+        apart: Tensor = white.unflatten(1, (operator.shape[1], -1)).flatten(2)
+        return apart
+
+    def squared_norm(self, weight: Tensor) -> float:
+        """The squared norm of a weight, or of a difference of two, as PyTorch stores them."""
+        white = self.whiten(grouped(weight.double(), self.layer))
+        if self.outputs is not None:
+            white = self.outputs.to(white.device).times(white.mT)
+        return float(white.square().sum())
+
+    def times(self, weight: Tensor) -> Tensor:
+        """`B W A`: half of the gradient of the squared norm, as PyTorch stores the weight."""
+        wide = weight.detach().double().requires_grad_()
+        with torch.enable_grad():
+            white = self.whiten(grouped(wide, self.layer))
+            if self.outputs is not None:
+                white = self.outputs.to(white.device).times(white.mT)
+            (gradient,) = torch.autograd.grad(white.square().sum() / 2, wide)
+        return gradient.to(weight.dtype)
+
+
+def grouped(weight: Tensor, layer: LayerSpec) -> Tensor:
+    """A weight as `[groups, T / groups, S / groups, *kernel]`."""
+    operator: Tensor = as_operator(weight, layer).unflatten(0, (layer.groups, -1))
+    return operator
+
+
+def _columns(layer: LayerSpec) -> int:
+    of_patches = layer.kind != "conv_transpose"
+    return layer.num_weights // layer.out_channels if of_patches else layer.in_channels // layer.groups
+
+
+def lowered_roots(metric: Metric) -> tuple[Root | None, Root | None]:
+    """Of the rows and of the columns of `lowered(weight, layer)`."""
+    axes, transposed = range(len(metric.layer.kernel)), metric.layer.kind == "conv_transpose"
+    rows = metric.rows(math.prod(metric.layer.kernel) if transposed else 1)
+    return rows, metric.columns() if transposed else metric.columns(*axes)
