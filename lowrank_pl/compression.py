@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import torch
@@ -14,6 +14,7 @@ from lowrank_pl.costs import Cost, price
 from lowrank_pl.decompositions import DENSE, ZERO, Candidates, Cheapest, Choice
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.linalg import squared_norm
+from lowrank_pl.metric import Metric
 from lowrank_pl.names import snake_case
 from lowrank_pl.ranks import Others, RankProblem, RankRule
 from lowrank_pl.structures import Rank, Structure
@@ -52,16 +53,26 @@ class Compression:
         """Put another weight in its place, in memory that stays the same."""
         self.map.write_(weight)
 
+    @property
+    def is_called_once(self) -> bool:
+        """Whether one call of it has been seen for one input, on inputs of one shape."""
+        return self.map.is_layer and len(self.layer.inputs) == 1 and self.layer.inputs[0][0] == 1
+
     @cached_property
     def full(self) -> Rank:
         """The full rank of the (first) decomposition: the number that stands for dense in logs."""
         return self.method.candidates(self.layer)[0].full_rank(self.layer)
 
-    def problem(self, weight: Tensor | None = None, cost_weight: float = 1.0, least: int = 1) -> RankProblem:
+    def problem(
+        self,
+        weight: Tensor | None = None,
+        cost_weight: float = 1.0,
+        least: int = 1,
+        metric: Metric | None = None,
+    ) -> RankProblem:
         """What a rule sees of this layer; `weight` takes the place of its own."""
-        return RankProblem(
-            self.name, self.layer, self.method, self.read() if weight is None else weight, cost_weight, least
-        )
+        weight = self.read() if weight is None else weight
+        return RankProblem(self.name, self.layer, self.method, weight, cost_weight, least, metric)
 
     def num_weights(self, choice: Choice) -> int:
         """Weights of the factors; of none at rank 0."""
@@ -157,13 +168,32 @@ class Plan:
         self.compressions = [c for c in self.compressions if c.name not in names]
 
     @property
+    def order(self) -> list[str]:
+        """The targets in the order of running, as far as it is known."""
+        names = {c.name: None for c in self.compressions}
+        return list({name: None for name in self._trace.calls if name in names} | names)
+
+    @property
     def parameters(self) -> list[Tensor]:
         """What projections write to, each once: several maps may lie in one parameter."""
         return list({id(p): p for c in self.compressions for p in c.parameters}.values())
 
-    def problems(self) -> dict[str, RankProblem]:
-        """What rules see of every target, with its weight as it is now."""
-        return {c.name: c.problem() for c in self.compressions}
+    def problems(self, metrics: Mapping[str, Metric] | None = None) -> dict[str, RankProblem]:
+        """What rules see of every target, with its weight as it is now.
+
+        With metrics, errors of layers are made comparable, since those of late layers are small by nature: each counts
+        in proportion to the layer's squared norm, or, where gradients say already what an error does to the loss, to
+        its root, between absolute and relative errors. Targets without a metric of their own keep to Frobenius norm.
+        """
+        if metrics is None:
+            return {c.name: c.problem() for c in self.compressions}
+        problems = {}
+        for c in self.compressions:
+            problem = c.problem(metric=metrics.get(c.name))
+            energy = problem.squared_norm(problem.weight)
+            with_gradients = problem.metric is not None and problem.metric.outputs is not None
+            problems[c.name] = replace(problem, cost_weight=energy**0.5 if with_gradients else energy)
+        return problems
 
     def choose_ranks(self, problems: Mapping[str, RankProblem] | None = None) -> dict[str, Choice]:
         """Every target's structure and rank, from the weights as they are now; each rule is asked once.

@@ -31,7 +31,7 @@ class Metric:
 
     def __post_init__(self) -> None:
         layer = self.layer.with_(inputs=(), share=1.0)
-        for name, root, size in (("inputs", self.inputs, _columns(layer)), ("outputs", self.outputs, self._rows)):
+        for name, root, size in (("inputs", self.inputs, columns_of(layer)), ("outputs", self.outputs, self._rows)):
             if root is None:
                 continue
             shape = root.factor.shape[: -1 if root.is_diagonal else -2]
@@ -95,7 +95,8 @@ def grouped(weight: Tensor, layer: LayerSpec) -> Tensor:
     return operator
 
 
-def _columns(layer: LayerSpec) -> int:
+def columns_of(layer: LayerSpec) -> int:
+    """How many inputs its matrices have, in each group."""
     of_patches = layer.kind != "conv_transpose"
     return layer.num_weights // layer.out_channels if of_patches else layer.in_channels // layer.groups
 

@@ -60,7 +60,7 @@ class Tucker2(Decomposition):
 @dataclass(frozen=True, eq=False)
 class HigherOrderSVD(Analysis):
     """A kernel `[T, S, K]` with the squared singular values and left vectors of its unfoldings along S and T: what
-    Tucker-2 loses (at most), and where its iterations start. With `inputs` `[S, S]` and `outputs` `[T, T]` it is a kernel
+    Tucker-2 loses (at most), and where its iterations start. With `inputs` `[S, S]` and `outputs` `[T, T]` it is one
     that has been multiplied by these roots, which the outer factors undo."""
 
     decomposition: Tucker2

@@ -6,6 +6,7 @@ from lowrank_pl.layers.constant import ConstantLayer
 from lowrank_pl.layers.factored import FactoredEmbedding, FactoredExperts, FactoredParameter, tied
 from lowrank_pl.layers.grouped_linear import GroupedLinear
 from lowrank_pl.layers.lazy_weight import Factors, LazyWeight, Made, Source
+from lowrank_pl.layers.lowering import lowered_inputs, lowered_outputs
 from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, linear_of, spec_of
 from lowrank_pl.layers.recurrent import SplitRecurrent, matrix_names, recurrent_inputs
 from lowrank_pl.layers.stacked_linear import StackedLinear
@@ -47,6 +48,8 @@ __all__ = [
     "factor_shapes",
     "linear_of",
     "lowered",
+    "lowered_inputs",
+    "lowered_outputs",
     "matrix_names",
     "recurrent_inputs",
     "spec_of",

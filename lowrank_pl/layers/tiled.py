@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers.grouped_linear import grouped_linear
 from lowrank_pl.layers.lazy_weight import Made, weight_of_factors
+from lowrank_pl.layers.lowering import margins_of
 
 _CONVS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -144,7 +145,7 @@ class TiledLayer(nn.Module):
         for factor in (*self.left, *self.right):
             nn.init.normal_(factor, std=(rank * spec.num_weights / spec.out_channels) ** -0.25)
         # lists of integers, as TorchScript keeps them, and none of them empty, since it could not tell the type
-        self._padding = _amounts(spec) or [0]
+        self._padding = margins_of(spec) or [0]
         self._geometry = _geometry(spec, self._padding)
         self._groups, self._transposed = spec.groups, spec.kind == "conv_transpose"
         self._mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
@@ -291,13 +292,3 @@ def _geometry(spec: LayerSpec, margins: list[int]) -> list[list[int]]:
     before = [0] if transposed else margins
     sizes = [list(spec.stored_shape), [columns], before, list(spec.stride), inside, list(spec.dilation), extra]
     return [each or [0] for each in sizes]
-
-
-def _amounts(spec: LayerSpec) -> list[int]:
-    """The padding as `F.pad` takes it, the last axis first."""
-    if spec.padding == "same":  # as PyTorch: the odd one goes behind
-        totals = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]
-        amounts = [(total // 2, total - total // 2) for total in totals]
-    else:
-        amounts = [(int(p), int(p)) for p in spec.padding]
-    return [n for pair in reversed(amounts) for n in pair]

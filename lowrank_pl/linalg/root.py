@@ -90,6 +90,13 @@ class Root:
         # its columns are orthogonal, each as long as the root of an eigenvalue
         return matrix @ (self.factor / self.factor.square().sum(-2, keepdim=True)).mT
 
+    def divide(self, matrix: Tensor) -> Tensor:
+        """`M A^-1`, for a square factor: `[..., m, n]` to the same shape."""
+        if self.is_diagonal:
+            return matrix / self.factor.square().unsqueeze(-2)
+        half = self.factor / self.factor.square().sum(-2, keepdim=True)
+        return matrix @ half @ half.mT
+
     def marginal(self, shape: Sequence[int], kept: Sequence[int]) -> Root:
         """Of inputs that are arrays of this `shape`, the matrix of those along the `kept` axes, summed up over the
         others: in what an array stands for when only these are seen."""

@@ -13,6 +13,8 @@ from torch import Tensor
 from lowrank_pl.costs import Cost, resolve_cost
 from lowrank_pl.decompositions import Analysis, Candidates, Choice, Decomposition
 from lowrank_pl.layer_spec import LayerSpec
+from lowrank_pl.linalg import squared_norm
+from lowrank_pl.metric import Metric
 from lowrank_pl.structures import Dense, Rank, Structure
 
 
@@ -21,8 +23,8 @@ class RankProblem:
     """One layer whose rank is to be chosen: which structures may be, and the weight that they shall approximate.
 
     `cost_weight` multiplies the layer's cost where a rule weighs it against errors. `least` is the smallest rank
-    allowed, 1, or 0 in learning-compression. What has been found out about the weight is kept, so that its rank and its
-    factors come from one decomposition.
+    allowed, 1, or 0 in learning-compression. Nearness is that of `metric`, or Frobenius norm. What has been found out
+    about the weight is kept, so that its rank and its factors come from one decomposition.
     """
 
     name: str
@@ -31,6 +33,7 @@ class RankProblem:
     weight: Tensor
     cost_weight: float = 1.0
     least: int = 1
+    metric: Metric | None = None
     _analyses: dict[Decomposition, Analysis] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -53,11 +56,15 @@ class RankProblem:
         """Per entry of its rank, the squared error of truncation to 0, 1, ..., full."""
         return self.analysis(self.decomposition).errors
 
+    def squared_norm(self, weight: Tensor) -> float:
+        """Of a weight, or of the difference of two, in the sense of the metric."""
+        return squared_norm(weight) if self.metric is None else self.metric.squared_norm(weight)
+
     def analysis(self, decomposition: Decomposition) -> Analysis:
         """The weight decomposed so, once. Raises `ValueError` that names the layer for a weight that is not finite."""
         if decomposition not in self._analyses:
             with self.named():
-                self._analyses[decomposition] = decomposition.analyze(self.weight, self.layer)
+                self._analyses[decomposition] = decomposition.analyze(self.weight, self.layer, self.metric)
         return self._analyses[decomposition]
 
     def structure(self, choice: Choice) -> Structure:

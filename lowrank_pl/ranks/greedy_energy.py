@@ -52,7 +52,7 @@ class GreedyEnergy(CostRule):
         dense = total_cost([problem.layer for problem in problems], self.charged)
         least = float(sum(layer.accounted[-1] for layer in layers))
         budget = left_for(dense, least, others, self.charged, self.ratio, self.of)
-        energies = [float(problems[k].weight.double().square().sum()) for k in order]
+        energies = [problems[k].squared_norm(problems[k].weight) for k in order]
         paths = [
             _path(layer.costs, _lost(layer.errors, energy)) for layer, energy in zip(layers, energies, strict=True)
         ]
