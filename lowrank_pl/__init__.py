@@ -11,8 +11,8 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
     from lowrank_pl.callbacks import DeepTwist, ExtractStructure, LearningCompression, LStep, MuSchedule
     from lowrank_pl.costs import Latency, Macs, Params
     from lowrank_pl.decompositions import SVD, BlockSVD, Cheapest, FirstOf, SpatialSVD, TiledSVD, Tucker2
-    from lowrank_pl.extraction import compress
     from lowrank_pl.layer_spec import LayerSpec
+    from lowrank_pl.one_shot import compress
     from lowrank_pl.planning import make_plan
     from lowrank_pl.ranks import (
         EVBMF,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
         RankFraction,
     )
     from lowrank_pl.report import Report, summarize
+    from lowrank_pl.samples import Samples
     from lowrank_pl.storage import load_compressed, save_compressed
     from lowrank_pl.targets import Targets
     from lowrank_pl.tracing import Call
@@ -34,7 +35,8 @@ _HOMES = {
     "lowrank_pl.adapters": ("Adapter", "Experts", "LinearMap", "ReshapedParameters", "register_adapter"),
     "lowrank_pl.callbacks": ("DeepTwist", "ExtractStructure", "LearningCompression", "LStep", "MuSchedule"),
     "lowrank_pl.planning": ("make_plan",),
-    "lowrank_pl.extraction": ("compress",),
+    "lowrank_pl.one_shot": ("compress",),
+    "lowrank_pl.samples": ("Samples",),
     "lowrank_pl.layer_spec": ("LayerSpec",),
     "lowrank_pl.storage": ("load_compressed", "save_compressed"),
     "lowrank_pl.report": ("Report", "summarize"),
@@ -86,6 +88,7 @@ __all__ = [
     "RankFraction",
     "Report",
     "ReshapedParameters",
+    "Samples",
     "SpatialSVD",
     "Targets",
     "TiledSVD",

@@ -17,60 +17,15 @@ from torch.utils._pytree import tree_leaves
 from lowrank_pl.adapters import LinearMap, find_maps
 from lowrank_pl.compression import Plan
 from lowrank_pl.names import clean_name, under
-from lowrank_pl.planning import MethodChoice, RankChoice, make_plan
-from lowrank_pl.ranks import CostBudget, GreedyEnergy
 from lowrank_pl.structures import Dense, Structure
 from lowrank_pl.surgery import deploy, detached_copy, heads_of
-from lowrank_pl.targets import Targets
 from lowrank_pl.timing import median_ms
-from lowrank_pl.tracing import Trace, count_inputs, eager, record, run
+from lowrank_pl.tracing import Trace, eager, run
 
 T = TypeVar("T")
 
 TOLERANCE = 1e-4
 RECORD = "lowrank_pl_record"  # the attribute of an extracted module that says what was done to it
-
-
-def compress(
-    model: nn.Module,
-    method: MethodChoice = "tiled_svd",
-    rank: RankChoice | None = None,
-    targets: Targets | None = None,
-    example_input: Any = None,
-    batch_size: int | None = None,
-) -> nn.Module:
-    """A deep copy of `model` in which every target is a module of factors; `model` itself is unchanged.
-
-    `method`, `rank` (default `CompressionRatio(2.0)`) and `targets` as for `DeepTwist`. With `example_input` (a tensor,
-    a tuple of arguments, or `lowrank_pl.Call(kwargs=...)`, of `batch_size` inputs where its tensors do not
-    tell) the model runs once: layers that it never calls stay dense, "first" and "last" follow the order of running,
-    and the copy is verified on the layers' real inputs. Without it the order of registration counts, parameters of
-    modules that are no layers stay dense, and nobody knows of weights that other modules read.
-
-    Layers that an earlier call has compressed stay as they are. Raises `RuntimeError` where the copy, as a whole or one
-    of its layers, does not compute what the model with projected weights does.
-    """
-    batch = None if example_input is None else count_inputs(example_input, batch_size)
-    try:
-        trace = None if example_input is None else record(model, example_input, batch, training=True)
-    except Exception as error:
-        raise ValueError(
-            f"The model does not run on argument `example_input` ({type(error).__name__}: {error})"
-        ) from error
-    plan = make_plan(model, method, rank, targets, trace)
-    if not plan.compressions and isinstance(rank, (CostBudget, GreedyEnergy)):
-        words = "; ".join(dict.fromkeys(plan.dense.values())) or "it has no linear layer or convolution"
-        raise ValueError(f"A budget of {rank.ratio:g} cannot be reached: no layer takes part ({words})")
-    problems = plan.problems()
-    choices = plan.choose_ranks(problems)
-    notes = {c.name: c.note(choices[c.name]) for c in plan.compressions}
-    structures = plan.factor(choices, problems)
-    extracted = extract(model, plan, structures, notes, trace)
-    if example_input is not None:
-        problem = difference(_projected(model, structures), extracted, example_input)
-        if problem is not None:
-            raise RuntimeError(f"The compressed network is not the projected one: {problem}")
-    return extracted
 
 
 def extract(
@@ -124,6 +79,8 @@ def extract(
         notes[name] = "; ".join(filter(None, [notes.get(name, ""), layout.note]))
         parts[name] = modules[fastest]
         entries[name] = {"structure": layout.to_dict(), "replaces": c.layer.to_dict()}
+        if structure.bias is not None and bias is None:
+            entries[name]["bias"] = True  # which the layer it replaces has not
         for head in heads_of(maps, name):
             entries[head], notes[head] = {**entries[name], "tied": name}, f"the weight of {name}"
     if not entries:
@@ -165,18 +122,6 @@ def extracted_part(whole: nn.Module, name: str) -> nn.Module:
     }
     setattr(part, RECORD, shares)
     return part
-
-
-def _projected(model: nn.Module, structures: Mapping[str, Structure]) -> nn.Module:
-    """A copy of the model with the weights that the structures make."""
-    projected = detached_copy(model)
-    maps = find_maps(projected)
-    with torch.no_grad():
-        for name, structure in structures.items():
-            maps[name].write_(structure.reconstruct())
-            if structure.bias is not None:
-                maps[name].module.bias = nn.Parameter(structure.bias)
-    return projected
 
 
 def difference(projected: nn.Module, extracted: nn.Module, example_input: Any, part: str = "") -> str | None:

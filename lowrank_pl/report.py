@@ -52,6 +52,7 @@ class LayerSize:
     dense: Size
     compressed: Size
     note: str
+    response: float | None = None  # relative error of its outputs, on data that it was not fitted to where there were
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Report:
         """Two tables: the network, with further rows such as `accuracy=(dense, compressed)`, and its layers."""
         head = ["| | dense | compressed | ratio |", "|---|---:|---:|---:|"]
         head += [f"| {' | '.join(row)} |" for row in self._totals(accuracy)]
-        body = [f"| {' | '.join(_LAYER_COLUMNS)} |", "|---|---|---:|---:|---:|---:|---:|---:|---|"]
+        columns = self._columns
+        body = [f"| {' | '.join(columns)} |", f"|---|---|{'---:|' * (len(columns) - 3)}---|"]
         body += [f"| {' | '.join(row)} |" for row in self._layer_rows()]
         return "\n".join([*head, "", f"*{self._caption()}*", "", *body, ""])
 
@@ -90,8 +92,9 @@ class Report:
     def layer_table(self) -> Table:
         """Layer by layer, for a terminal."""
         table = Table(box=box.SIMPLE_HEAD, title="Layer by layer", pad_edge=False)
-        for i, column in enumerate(_LAYER_COLUMNS):
-            table.add_column(column, justify="right" if 2 <= i < 8 else "left", no_wrap=i == 0)
+        columns = self._columns
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="right" if 2 <= i < len(columns) - 1 else "left", no_wrap=i == 0)
         for row in self._layer_rows():
             table.add_row(*row)
         return table
@@ -126,8 +129,22 @@ class Report:
             ]
             counts = [f"{layer.dense.params:,}", f"{layer.compressed.params:,}", _count(layer.dense.macs),
                       _count(layer.compressed.macs)]  # fmt: skip
-            rows.append([layer.name, layer.structure, *counts, *times, layer.note])
+            rows.append([layer.name, layer.structure, *counts, *times, *self._error_of(layer), layer.note])
         return rows
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        *columns, last = _LAYER_COLUMNS
+        return (*columns, *(["response error"] if self._has_responses else []), last)
+
+    @property
+    def _has_responses(self) -> bool:
+        return any(layer.response is not None for layer in self.layers)
+
+    def _error_of(self, layer: LayerSize) -> list[str]:
+        if not self._has_responses:
+            return []
+        return ["" if layer.response is None else f"{100 * layer.response:.2g} %"]
 
 
 _LAYER_COLUMNS = ("layer", "structure", "params", "to", "MACs", "to", "ms, batch 1 / 32", "to", "note")
@@ -200,7 +217,9 @@ def _report(dense: nn.Module, compressed: nn.Module, trace: Trace, total: tuple[
     for name, each in watch.shown(list(find_maps(dense).items())):
         layout = _layout(name, each, entry["layers"].get(name), trace)
         sizes = _layer_sizes(name, _pair_of(each, compressed, name in entry["layers"]), trace, layout, watch)
-        layers.append(LayerSize(name, layout.describe(), *sizes, entry["notes"].get(name, "")))
+        response = entry.get("responses", {}).get(name, {})
+        error = response.get("held_out", response.get("fitted"))
+        layers.append(LayerSize(name, layout.describe(), *sizes, entry["notes"].get(name, ""), error))
     parameter = next(dense.parameters(), torch.zeros(()))
     fused = [module for module in dense.modules() if isinstance(module, nn.RNNBase) and parameter.device.type != "cpu"]
     uncounted = sorted({type(module).__name__ for module in fused})

@@ -76,10 +76,15 @@ class Samples:
         if number < 0:
             raise ValueError("Expected argument `data` to hold batches but it is empty")
 
+    @staticmethod
+    def moved(batch: Any, device: torch.device) -> Any:
+        """A batch on that device."""
+        return _moved(batch, device)
+
     def run(self, model: nn.Module, batch: Any) -> Any:
         """The network on a batch, on its own device."""
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        batch = _moved(batch, device)
+        batch = self.moved(batch, device)
         if self.forward is not None:
             return self.forward(model, batch)
         call = as_call(model, batch)

@@ -77,7 +77,7 @@ def load_compressed(model: nn.Module, dirpath: str | Path) -> nn.Module:
     for module in skeleton.modules():  # tied ones stay tied
         for name, parameter in module._parameters.items():
             module._parameters[name] = fresh.get(id(parameter), parameter)
-    setattr(skeleton, RECORD, {"layers": structure["layers"], "notes": structure["notes"]})
+    setattr(skeleton, RECORD, {key: structure[key] for key in ("layers", "notes", "responses") if key in structure})
     return skeleton
 
 
@@ -157,7 +157,7 @@ def _rebuild(model: nn.Module, entries: dict[str, Any], folder: Path) -> nn.Modu
         with torch.device("meta"):
             layout = layout_from_dict(entry["structure"], maps[name].layer)
             _check_stages(name, layout, folder)
-            module = layout.build(maps[name].bias is not None)
+            module = layout.build(maps[name].bias is not None or entry.get("bias") is True)
             parts[name] = module.to(maps[name].read().dtype)
     return deploy(skeleton, parts).train(model.training)
 

@@ -1,9 +1,11 @@
 """Reconstruction: factors fitted to what layers answer on real inputs, without training, for any network.
 
 samples = Samples(loader, count=3000)
-plan = make_plan(model, "svd", CostBudget("macs", 0.5), trace=record(model, images))
-problems = plan.problems(metrics_of(model, plan, samples, centred=True))
+trace = record(model, images)
+plan = make_plan(model, "svd", CostBudget("macs", 0.5), trace=trace)
+problems = plan.problems(collect(model, plan.compressions, samples).metrics(plan, centred=True))
 fitted = reconstruct(model, plan, plan.choose_ranks(problems), samples, "asymmetric")
+extracted = extract(model, plan, fitted.structures, notes={}, trace=trace)
 
 Zhang, Zou, He & Sun (TPAMI 2016), 3.1 to 3.3; Yu, Liu, Wang & Tao (CVPR 2017), eq. 1.
 """
@@ -22,14 +24,14 @@ from torch import Tensor, nn
 
 from lowrank_pl.adapters import LinearMap, find_maps
 from lowrank_pl.compression import Compression, Plan
-from lowrank_pl.decompositions import Choice
+from lowrank_pl.decompositions import DENSE, Choice
 from lowrank_pl.layers import LAYER_TYPES, lowered
 from lowrank_pl.linalg import Root
 from lowrank_pl.linalg.root import SHRINKAGE
 from lowrank_pl.metric import Metric
 from lowrank_pl.moments import Moments, draw, listening, warn_of_few
 from lowrank_pl.samples import Samples
-from lowrank_pl.structures import Structure
+from lowrank_pl.structures import Dense, Structure
 from lowrank_pl.surgery import detached_copy
 from lowrank_pl.terminal import terminal
 from lowrank_pl.tracing import eager
@@ -55,16 +57,25 @@ class Fitted:
     responses: dict[str, Response]
 
 
-def collect(
-    model: nn.Module, compressions: Sequence[Compression], samples: Samples
-) -> tuple[dict[str, Moments], dict[str, Moments]]:
-    """Moments of what every target is given, on the samples and on those held back, in one pass.
+@dataclass(frozen=True)
+class Collected:
+    """Moments of what every target is given, on the samples and on those held back. Targets whose inputs nobody knows
+    (parameters that others multiply by) have none."""
 
-    Targets whose inputs nobody knows (parameters that others multiply by) have none. Raises `ValueError` that names the
-    layer and the batch for inputs that are not finite.
-    """
+    fitted: dict[str, Moments]
+    held: dict[str, Moments]
+
+    def metrics(self, plan: Plan, centred: bool = False) -> dict[str, Metric]:
+        """The metric of what every target is given: of second moments, or of covariances where the bias can move."""
+        maps = {c.name: c for c in plan.compressions}
+        return {name: m.metric(centred and _moves_bias(maps[name], m)) for name, m in self.fitted.items()}
+
+
+def collect(model: nn.Module, compressions: Sequence[Compression], samples: Samples) -> Collected:
+    """One pass over the samples. Raises `ValueError` that names the layer and the batch for inputs that are not finite;
+    warns where there are fewer vectors than inputs."""
     layers = {c.name: c.layer for c in compressions}
-    found: tuple[dict[str, Moments], dict[str, Moments]] = ({}, {})
+    collected = Collected({}, {})
 
     def hear(into: dict[str, Moments], number: int, name: str, each: LinearMap, x: Tensor) -> None:
         m = into.setdefault(name, Moments(layers[name]))
@@ -73,17 +84,11 @@ def collect(
 
     with _evaluated(model):
         for number, is_held, batch in samples.batches():
-            with listening(model, layers, partial(hear, found[is_held], number)):
+            into = collected.held if is_held else collected.fitted
+            with listening(model, layers, partial(hear, into, number)):
                 samples.run(model, batch)
-    return found
-
-
-def metrics_of(model: nn.Module, plan: Plan, samples: Samples, centred: bool = False) -> dict[str, Metric]:
-    """The metric of what every target is given: of second moments, or of covariances where the bias can move."""
-    fitted, _ = collect(model, plan.compressions, samples)
-    warn_of_few(fitted)
-    maps = find_maps(model)
-    return {name: m.metric(centred and can_move_bias(maps[name])) for name, m in fitted.items()}
+    warn_of_few(collected.fitted)
+    return collected
 
 
 def reconstruct(
@@ -92,29 +97,55 @@ def reconstruct(
     choices: Mapping[str, Choice],
     samples: Samples,
     mode: Mode = "outputs",
-    metrics: Mapping[str, Metric] | None = None,
+    collected: Collected | None = None,
 ) -> Fitted:
     """Factors of these choices, fitted to the dense network's outputs on the samples; the model is left as it is.
 
-    - `"outputs"`: nearest in the covariance of the layer's inputs, the bias moved so that means stay (output PCA).
-    - `"asymmetric"`: layer by layer in the order of running, from the inputs that the network compressed so far
-      gives to the outputs of the dense one. In residual networks the inputs of both branches are those.
+    - `"outputs"`: nearest in the covariance of the layer's inputs, the bias moved so that means stay (output PCA); of
+      what has been `collected`, or of a pass over the samples.
+    - `"asymmetric"`: layer by layer in the order of running, from the inputs that the network compressed so far gives
+      to the outputs of the dense one. In residual networks the inputs of both branches are those.
     """
     if mode == "outputs":
-        return _outputs(model, plan, choices, samples)
+        return _outputs(plan, choices, collected or collect(model, plan.compressions, samples))
     fitted = Fitted({}, {})
     current = detached_copy(model)
     by_name = {c.name: c for c in plan.compressions}
-    order = [name for name in plan.order if name in by_name]
     console = terminal()
-    hidden = {"console": console, "transient": True, "disable": not console.is_terminal}
-    for name in track(order, "Fitting layers", **hidden):  # type: ignore[arg-type]
+    for name in track(plan.order, "Fitting layers", console=console, transient=True, disable=not console.is_terminal):
         structure, response = _asymmetric(model, current, by_name[name], choices[name], samples)
         fitted.structures[name] = structure
         if response is not None:
             fitted.responses[name] = response
         place_(find_maps(current)[name], structure)
     return fitted
+
+
+def with_responses(plan: Plan, structures: dict[str, Structure], collected: Collected) -> Fitted:
+    """What the outputs of these structures are like."""
+    answers = {
+        c.name: _answers(c, structures[c.name], collected.fitted[c.name], collected.held.get(c.name))
+        for c in plan.compressions
+        if c.name in collected.fitted
+    }
+    return Fitted(structures, answers)
+
+
+@torch.no_grad()
+def reestimate_batch_norms_(model: nn.Module, samples: Samples) -> None:
+    """Running statistics of batch norms as plain averages over the samples, everything else unchanged."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    with _evaluated(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        for _, is_held, batch in samples.batches():
+            if not is_held:
+                samples.run(model, batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def place_(each: LinearMap, structure: Structure) -> None:
@@ -129,19 +160,13 @@ def can_move_bias(each: LinearMap) -> bool:
     return isinstance(each.module, LAYER_TYPES) and each.layer.kind != "conv_transpose"
 
 
-def _outputs(model: nn.Module, plan: Plan, choices: Mapping[str, Choice], samples: Samples) -> Fitted:
-    moments, held = collect(model, plan.compressions, samples)
-    warn_of_few(moments)
-    fitted = Fitted({}, {})
+def _outputs(plan: Plan, choices: Mapping[str, Choice], collected: Collected) -> Fitted:
+    metrics, structures = collected.metrics(plan, centred=True), {}
     for c in plan.compressions:
-        m, other, choice = moments.get(c.name), held.get(c.name), c.settled(choices[c.name])
-        if m is None:
-            fitted.structures[c.name] = c.problem().structure(choice)
-            continue
-        structure = _moved(c, c.problem(metric=m.metric(_moves_bias(c, m))).structure(choice), m)
-        fitted.structures[c.name] = structure
-        fitted.responses[c.name] = _answers(c, structure, m, other)
-    return fitted
+        m, choice = collected.fitted.get(c.name), c.settled(choices[c.name])
+        structure = c.problem(metric=metrics.get(c.name)).structure(choice)
+        structures[c.name] = structure if m is None else _moved(c, structure, m)
+    return with_responses(plan, structures, collected)
 
 
 def _asymmetric(
@@ -149,7 +174,7 @@ def _asymmetric(
 ) -> tuple[Structure, Response | None]:
     m, held = paired(dense, current, c, samples)
     choice = c.settled(choice)
-    if m is None:
+    if m is None or choice == DENSE:
         return c.problem().structure(choice), None
     warn_of_few({c.name: m})
     target = c.read() if m.cross is None else _target(c, m)
@@ -221,7 +246,7 @@ def _moves_bias(c: Compression, m: Moments) -> bool:
 
 def _moved(c: Compression, structure: Structure, m: Moments) -> Structure:
     """With the bias that keeps the mean of the outputs."""
-    if not _moves_bias(c, m):
+    if not _moves_bias(c, m) or isinstance(structure.layout, Dense):
         return structure
     theta, own = (lowered(w, c.layer).double() for w in (structure.reconstruct(), c.read()))
     if m.first_y is None:

@@ -1,0 +1,124 @@
+"""Compression without training: a network in, a smaller copy out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import nn
+
+from lowrank_pl.adapters import find_maps
+from lowrank_pl.checks import check_among
+from lowrank_pl.extraction import RECORD, difference, extract
+from lowrank_pl.methods.reconstruct import Fitted, Mode, collect, place_, reestimate_batch_norms_, with_responses
+from lowrank_pl.methods.reconstruct import reconstruct as fit
+from lowrank_pl.planning import MethodChoice, RankChoice, make_plan
+from lowrank_pl.ranks import CostBudget, GreedyEnergy
+from lowrank_pl.samples import Samples, as_call
+from lowrank_pl.structures import Structure
+from lowrank_pl.surgery import detached_copy
+from lowrank_pl.targets import Targets
+from lowrank_pl.tracing import Call, count_inputs, record
+
+MetricName: TypeAlias = Literal["weights", "inputs"]
+
+
+def compress(
+    model: nn.Module,
+    method: MethodChoice = "tiled_svd",
+    rank: RankChoice | None = None,
+    targets: Targets | None = None,
+    example_input: Any = None,
+    batch_size: int | None = None,
+    data: Iterable[Any] | Samples | None = None,
+    reconstruct: Mode | None = None,
+    metric: MetricName | None = None,
+    recalibrate_bn: bool = False,
+) -> nn.Module:
+    """A deep copy of `model` in which every target is a module of factors; `model` itself is unchanged.
+
+    `method`, `rank` (default `CompressionRatio(2.0)`) and `targets` as for `DeepTwist`. With `example_input` (a tensor,
+    a tuple of arguments, or `lowrank_pl.Call(kwargs=...)`, of `batch_size` inputs where its tensors do not
+    tell) the model runs once: layers that it never calls stay dense, "first" and "last" follow the order of running,
+    and the copy is verified on the layers' real inputs. Without it the order of registration counts, parameters of
+    modules that are no layers stay dense, and nobody knows of weights that other modules read.
+
+    `data`, a loader or a list of batches without or with labels, or `Samples(loader, ...)`, makes it look at what flows
+    through the layers; its first batch serves as `example_input`. Ranks and factors are then nearest in the sense of
+    the layers' inputs, `metric="inputs"`, or of the weights. With `reconstruct` factors and biases are fitted to the
+    outputs of the dense network (see `lowrank_pl.methods.reconstruct`): `"outputs"`, on its own inputs; `"asymmetric"`,
+    on those that the network compressed so far makes, a pass over the data for each layer; `metric` is that of the
+    ranks alone then. With `recalibrate_bn` batch norms are re-estimated over the data afterwards. How far outputs are
+    off is in the report of `summarize`.
+
+    Layers that an earlier call has compressed stay as they are. Raises `RuntimeError` where the copy, as a whole or one
+    of its layers, does not compute what the model with projected weights does.
+    """
+    samples = _samples(data, reconstruct, metric, recalibrate_bn)
+    if samples is not None and example_input is None and samples.forward is None:
+        example_input, batch_size = _first(model, samples, batch_size)
+    batch = None if example_input is None else count_inputs(example_input, batch_size)
+    try:
+        trace = None if example_input is None else record(model, example_input, batch, training=True)
+    except Exception as error:
+        given = "argument `example_input`" if data is None else "the first batch of `data`"
+        raise ValueError(f"The model does not run on {given} ({type(error).__name__}: {error})") from error
+    plan = make_plan(model, method, rank, targets, trace)
+    if not plan.compressions and isinstance(rank, (CostBudget, GreedyEnergy)):
+        words = "; ".join(dict.fromkeys(plan.dense.values())) or "it has no linear layer or convolution"
+        raise ValueError(f"A budget of {rank.ratio:g} cannot be reached: no layer takes part ({words})")
+    collected = None if samples is None else collect(model, plan.compressions, samples)
+    seen = None if collected is None or metric == "weights" else collected.metrics(plan, reconstruct is not None)
+    problems = plan.problems(seen)
+    choices = plan.choose_ranks(problems)
+    notes = {c.name: c.note(choices[c.name]) for c in plan.compressions}
+    if samples is None or collected is None:
+        fitted = Fitted(plan.factor(choices, problems), {})
+    elif reconstruct is None:
+        fitted = with_responses(plan, plan.factor(choices, problems), collected)
+    else:
+        fitted = fit(model, plan, choices, samples, reconstruct, collected)
+    extracted = extract(model, plan, fitted.structures, notes, trace)
+    getattr(extracted, RECORD)["responses"] = {name: asdict(each) for name, each in fitted.responses.items()}
+    if example_input is not None:
+        problem = difference(_projected(model, fitted.structures), extracted, example_input)
+        if problem is not None:
+            raise RuntimeError(f"The compressed network is not the projected one: {problem}")
+    if recalibrate_bn and samples is not None:
+        reestimate_batch_norms_(extracted, samples)
+    return extracted
+
+
+def _samples(
+    data: Iterable[Any] | Samples | None, reconstruct: str | None, metric: str | None, recalibrate_bn: bool
+) -> Samples | None:
+    if reconstruct is not None:
+        check_among("reconstruct", reconstruct, (*get_args(Mode), None))
+    if metric is not None:
+        check_among("metric", metric, get_args(MetricName))
+    if data is not None:
+        return Samples.of(data)
+    asked = [f"reconstruct={reconstruct!r}"] * (reconstruct is not None) + ["metric='inputs'"] * (metric == "inputs")
+    asked += ["recalibrate_bn=True"] * recalibrate_bn
+    if asked:
+        raise ValueError(f"Expected argument `data`, a loader or a list of batches, beside {' and '.join(asked)}")
+    return None
+
+
+def _first(model: nn.Module, samples: Samples, batch_size: int | None) -> tuple[Call, int | None]:
+    """The first batch as a call."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    _, _, batch = next(samples.batches())
+    call = as_call(model, samples.moved(batch, device))
+    return call, batch_size
+
+
+def _projected(model: nn.Module, structures: Mapping[str, Structure]) -> nn.Module:
+    """A copy of the model with the weights that the structures make."""
+    projected = detached_copy(model)
+    maps = find_maps(projected)
+    for name, structure in structures.items():
+        place_(maps[name], structure)
+    return projected
