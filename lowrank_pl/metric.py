@@ -22,12 +22,14 @@ class Metric:
     `inputs` is the root of `A = E[x x^T]`, `[groups, columns, columns]`, of what the layer's matrices are applied to:
     patches `[S / groups, *kernel]` of a convolution's input, vectors `[S / groups]` of a linear layer's and of a
     transposed convolution's, whose matrices give patches of the output. `outputs` is that of `B = E[g g^T]`,
-    `[groups, T / groups, T / groups]`, of the gradients at its outputs. None stands for 1.
+    `[groups, T / groups, T / groups]`, of the gradients at its outputs. None stands for 1. `sweeps` says how often
+    all factors of a structure without a closed form are refitted in turn.
     """
 
     layer: LayerSpec
     inputs: Root | None = None
     outputs: Root | None = None
+    sweeps: int = 0
 
     def __post_init__(self) -> None:
         layer = self.layer.with_(inputs=(), share=1.0)

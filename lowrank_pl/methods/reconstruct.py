@@ -28,13 +28,14 @@ from lowrank_pl.decompositions import DENSE, Choice
 from lowrank_pl.layers import LAYER_TYPES, lowered
 from lowrank_pl.linalg import Root
 from lowrank_pl.linalg.root import SHRINKAGE
+from lowrank_pl.methods.nonlinear import Rows, refine
 from lowrank_pl.metric import Metric
 from lowrank_pl.moments import Moments, draw, listening, warn_of_few
 from lowrank_pl.samples import Samples
 from lowrank_pl.structures import Dense, Structure
 from lowrank_pl.surgery import detached_copy
 from lowrank_pl.terminal import terminal
-from lowrank_pl.tracing import eager
+from lowrank_pl.tracing import Following, eager, what_follows
 
 Mode: TypeAlias = Literal["outputs", "asymmetric", "nonlinear"]
 
@@ -110,10 +111,11 @@ def reconstruct(
         return _outputs(plan, choices, collected or collect(model, plan.compressions, samples))
     fitted = Fitted({}, {})
     current = detached_copy(model)
+    following = _following(model, plan, samples) if mode == "nonlinear" else {}
     by_name = {c.name: c for c in plan.compressions}
     console = terminal()
     for name in track(plan.order, "Fitting layers", console=console, transient=True, disable=not console.is_terminal):
-        structure, response = _asymmetric(model, current, by_name[name], choices[name], samples)
+        structure, response = _asymmetric(model, current, by_name[name], choices[name], samples, following.get(name))
         fitted.structures[name] = structure
         if response is not None:
             fitted.responses[name] = response
@@ -170,9 +172,15 @@ def _outputs(plan: Plan, choices: Mapping[str, Choice], collected: Collected) ->
 
 
 def _asymmetric(
-    dense: nn.Module, current: nn.Module, c: Compression, choice: Choice, samples: Samples
+    dense: nn.Module,
+    current: nn.Module,
+    c: Compression,
+    choice: Choice,
+    samples: Samples,
+    following: Following | None = None,
 ) -> tuple[Structure, Response | None]:
-    m, held = paired(dense, current, c, samples)
+    rows = None if following is None else Rows()
+    m, held = paired(dense, current, c, samples, rows)
     choice = c.settled(choice)
     if m is None or choice == DENSE:
         return c.problem().structure(choice), None
@@ -180,11 +188,20 @@ def _asymmetric(
     target = c.read() if m.cross is None else _target(c, m)
     structure = c.problem(target, metric=m.metric(_moves_bias(c, m))).structure(choice)
     structure = _moved(c, structure, m)
+    if following is not None and rows is not None and structure.bias is not None:
+        structure = refine(structure, c.layer, rows, following)
     return structure, _answers(c, structure, m, held)
 
 
+def _following(model: nn.Module, plan: Plan, samples: Samples) -> dict[str, Following]:
+    """What follows every target, as the first batch shows."""
+    _, _, batch = next(samples.batches())
+    with _evaluated(model):
+        return what_follows(model, plan.order, lambda: samples.run(model, batch))
+
+
 def paired(
-    dense: nn.Module, current: nn.Module, c: Compression, samples: Samples
+    dense: nn.Module, current: nn.Module, c: Compression, samples: Samples, rows: Rows | None = None
 ) -> tuple[Moments | None, Moments | None]:
     """Moments of what one layer is given in the network compressed so far, and of what it answers in the dense one; on
     the samples and on those held back. None where its inputs are not known."""
@@ -200,8 +217,11 @@ def paired(
             m = found.setdefault(is_held, Moments(c.layer)) if before else None
             for x, ours in zip(before, now, strict=True):
                 assert m is not None
+                y = None if m.is_long else _answer(c, x)
                 with _named(c.name, number):
-                    m.add(ours, None if m.is_long else _answer(c, x))
+                    m.add(ours, y)
+                if rows is not None and y is not None and not is_held:
+                    rows.add(ours, y)
     return found.get(False), found.get(True)
 
 
