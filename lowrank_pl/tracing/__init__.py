@@ -8,6 +8,6 @@ from lowrank_pl.tracing.recorder import Recorder, eager
 from lowrank_pl.tracing.trace import NEVER_BUT_READ, READ, Trace
 
 __all__ = [
-    "FUSED", "NEVER_BUT_READ", "READ", "SAMPLES", "Call", "Following", "Recorder", "Trace", "count_inputs", "eager", "record",
-    "run", "what_follows", "with_inputs",
+    "FUSED", "NEVER_BUT_READ", "READ", "SAMPLES", "Call", "Following", "Recorder", "Trace", "count_inputs", "eager",
+    "record", "run", "what_follows", "with_inputs",
 ]  # fmt: skip

@@ -63,7 +63,7 @@ class _Listener(TorchFunctionMode):
         name = self._open[id(seen[0])][0]
         if id(seen[0]) in self._used:
             self.several.add(name)
-        elif len(seen) == 1 and seen[0] is args[0] and _is_elementwise(func, args):
+        elif len(seen) == 1 and seen[0] is args[0] and _is_elementwise(func, args, kwargs):
             if output is not args[0]:
                 self._used.add(id(args[0]))
             self.steps[name].append(_step(func, args[1:], kwargs))
@@ -77,8 +77,10 @@ class _Listener(TorchFunctionMode):
         return id(x) in self._open and self._open[id(x)][1] is x
 
 
-def _is_elementwise(func: Any, args: Any) -> bool:
-    return func in _ELEMENTWISE or (func is F.batch_norm and args[1] is not None and not any(args[5:6]))
+def _is_elementwise(func: Any, args: Any, kwargs: Any) -> bool:
+    if func is F.batch_norm:  # with statistics of its own, not of the batch
+        return args[1] is not None and not kwargs.get("training", any(args[5:6]))
+    return func in _ELEMENTWISE
 
 
 def _step(func: Any, args: Any, kwargs: Any) -> Following:
