@@ -19,6 +19,7 @@ from lowrank_pl.metric import Metric, columns_of
 
 LONGEST = 8192  # inputs; of longer ones a factor with so many rows is kept at most, in place of the square matrix
 ROWS = 4096
+SMALL = 256  # columns: halves of fewer are multiplied no faster
 Hear = Callable[[str, LinearMap, Tensor], None]
 
 
@@ -48,15 +49,19 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
         """Further rows. Raises `ValueError` for numbers that are not finite."""
-        x = x.detach().double()
+        x = _wide(x)
         first = x.sum(1)
         if not torch.isfinite(first).all():
             raise ValueError("NaN or Inf in its inputs")
         self.count += x.shape[1]
         self.first = _sum(self.first, first)
-        self.second = self._shortened(x) if self.is_long else _sum(self.second, x.mT @ x)
+        if self.is_long:
+            for part in x.split(ROWS, dim=1):
+                self.second = self._shortened(part)
+        else:
+            self.second = _sum(self.second, _gram(x))
         if y is not None:
-            y = y.detach().double()
+            y = _wide(y)
             self.cross, self.first_y = _sum(self.cross, y.mT @ x), _sum(self.first_y, y.sum(1))
             self.squares += float(y.square().sum())
 
@@ -98,7 +103,8 @@ class Moments:
         """`E||M x||^2` of matrices `[groups, m, columns]`."""
         assert self.second is not None
         if self.is_long:
-            return float((matrices @ self.second.mT).square().sum()) / self.count
+            left_out = 0.0 if self.floor is None else float((matrices.square().sum((1, 2)) * self.floor).sum())
+            return (float((matrices @ self.second.mT).square().sum()) + left_out) / self.count
         return float((matrices * (matrices @ self.second)).sum()) / self.count
 
     def through(self, matrices: Tensor) -> Tensor:
@@ -149,7 +155,7 @@ def listening(model: nn.Module, names: Collection[str], hear: Hear) -> Iterator[
     def hook(maps: dict[str, LinearMap]) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             adapter = next(iter(maps.values())).adapter
-            for key, x in (adapter.inputs(module, args, kwargs) or {}).items():
+            for key, x in (adapter.applied_to(module, maps, args, kwargs) or {}).items():
                 if key in maps and x.numel():
                     hear(maps[key].name, maps[key], x)
 
@@ -178,6 +184,22 @@ def draw(x: Tensor, layer: LayerSpec, places: int | None, seed: int) -> Tensor:
     """`lowered_inputs` at places that the seed says, in float32 at least."""
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
     return lowered_inputs(x.detach(), layer, places, torch.Generator().manual_seed(seed))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float64, which not every device has."""
+    return (x.cpu() if x.device.type == "mps" else x).detach().double()
+
+
+def _gram(x: Tensor) -> Tensor:
+    """`x^T x` without most of what is there twice."""
+    size = x.shape[-1]
+    if size < SMALL or x.is_cuda:
+        return x.mT @ x
+    first, second = x.split((size // 2, size - size // 2), dim=-1)
+    corner = first.mT @ second
+    rows = (torch.cat([_gram(first), corner], -1), torch.cat([corner.mT, _gram(second)], -1))
+    return torch.cat(rows, -2)
 
 
 def _sum(total: Tensor | None, more: Tensor) -> Tensor:

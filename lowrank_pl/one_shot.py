@@ -6,21 +6,28 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal, TypeAlias, get_args
 
-import torch
 from torch import nn
 
 from lowrank_pl.adapters import find_maps
 from lowrank_pl.checks import check_among
 from lowrank_pl.extraction import RECORD, difference, extract
-from lowrank_pl.methods.reconstruct import Fitted, Mode, collect, place_, reestimate_batch_norms_, with_responses
+from lowrank_pl.methods.reconstruct import (
+    Fitted,
+    Mode,
+    collect,
+    first_call,
+    place_,
+    reestimate_batch_norms_,
+    with_responses,
+)
 from lowrank_pl.methods.reconstruct import reconstruct as fit
 from lowrank_pl.planning import MethodChoice, RankChoice, make_plan
 from lowrank_pl.ranks import CostBudget, GreedyEnergy
-from lowrank_pl.samples import Samples, as_call
+from lowrank_pl.samples import Samples
 from lowrank_pl.structures import Structure
 from lowrank_pl.surgery import detached_copy
 from lowrank_pl.targets import Targets
-from lowrank_pl.tracing import Call, count_inputs, record
+from lowrank_pl.tracing import count_inputs, record
 
 MetricName: TypeAlias = Literal["weights", "inputs"]
 
@@ -56,15 +63,17 @@ def compress(
     Layers that an earlier call has compressed stay as they are. Raises `RuntimeError` where the copy, as a whole or one
     of its layers, does not compute what the model with projected weights does.
     """
-    samples = _samples(data, reconstruct, metric, recalibrate_bn)
-    if samples is not None and example_input is None and samples.forward is None:
-        example_input, batch_size = _first(model, samples, batch_size)
+    samples, own_input = _samples(data, reconstruct, metric, recalibrate_bn), example_input is not None
+    if samples is not None and example_input is None and isinstance(model, nn.Module):
+        example_input = first_call(model, samples)
     batch = None if example_input is None else count_inputs(example_input, batch_size)
     try:
         trace = None if example_input is None else record(model, example_input, batch, training=True)
     except Exception as error:
-        given = "argument `example_input`" if data is None else "the first batch of `data`"
-        raise ValueError(f"The model does not run on {given} ({type(error).__name__}: {error})") from error
+        given, hint = "argument `example_input`" if own_input else "the first batch of `data`", ""
+        if not own_input and samples is not None and samples.forward is None:
+            hint = ": give Samples(loader, forward=lambda model, batch: ...) to say how it is called"
+        raise ValueError(f"The model does not run on {given} ({type(error).__name__}: {error}){hint}") from error
     plan = make_plan(model, method, rank, targets, trace)
     if not plan.compressions and isinstance(rank, (CostBudget, GreedyEnergy)):
         words = "; ".join(dict.fromkeys(plan.dense.values())) or "it has no linear layer or convolution"
@@ -105,14 +114,6 @@ def _samples(
     if asked:
         raise ValueError(f"Expected argument `data`, a loader or a list of batches, beside {' and '.join(asked)}")
     return None
-
-
-def _first(model: nn.Module, samples: Samples, batch_size: int | None) -> tuple[Call, int | None]:
-    """The first batch as a call."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    _, _, batch = next(samples.batches())
-    call = as_call(model, samples.moved(batch, device))
-    return call, batch_size
 
 
 def _projected(model: nn.Module, structures: Mapping[str, Structure]) -> nn.Module:

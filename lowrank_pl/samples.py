@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
@@ -11,22 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.checks import check_int
-from lowrank_pl.tracing import Call, count_inputs
+from lowrank_pl.tracing import Call
+from lowrank_pl.tracing.calls import leaves
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 HELD_OUT = 6  # of so many batches one is held back
+_END = object()
 
 
 @final
 @dataclass(frozen=True)
 class Samples:
-    """What second moments are taken from: batches of a `loader`, the first `count` inputs of it (None: all).
+    """What second moments are taken from: batches of a `loader`, whole ones, until they hold `count` inputs (None: all
+    of them).
 
     Of a batch that is a tuple or a list the first item is the network's input, of a mapping what its forward has names
     for, labels or not; `forward(model, batch)` says otherwise. Of each image or sequence at most `places` positions are
-    taken. Every sixth batch is held back, to measure errors on. `loss(model, batch)` is needed where gradients are.
-    Loaders that shuffle give the same batches in every pass, as far as PyTorch's random numbers decide; an iterator,
-    which runs once, is refused.
+    taken. Every sixth batch is held back, to measure errors on, and not counted. `loss(model, batch)` is needed where
+    gradients are. Loaders that shuffle give the same batches in every pass, as far as PyTorch's random numbers decide;
+    an iterator, which runs once, is refused.
     """
 
     loader: Iterable[Any]
@@ -36,14 +40,14 @@ class Samples:
     loss: Callable[[nn.Module, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.loader, Iterable) or isinstance(self.loader, (Tensor, Mapping, str)):
-            raise TypeError(
-                "Expected argument `data` to be a DataLoader or a list of batches, or Samples(loader, ...), but got a "
-                f"{type(self.loader).__name__}"
-            )
+        expected = "Expected argument `data` to be a DataLoader or a list of batches, or Samples(loader, ...)"
+        if not isinstance(self.loader, Iterable) or isinstance(self.loader, (Tensor, Mapping, str, nn.Module)):
+            kind = type(self.loader).__name__
+            one = ": give [batch] for a single one" if isinstance(self.loader, (Tensor, Mapping)) else ""
+            raise TypeError(f"{expected}, but got a {kind}{one}")
         if isinstance(self.loader, Iterator):
             raise TypeError(
-                f"Expected argument `data` to be a DataLoader or a list of batches, which can be gone through again, "
+                "Expected argument `data` to be a DataLoader or a list of batches, which can be gone through again, "
                 f"but got an iterator, a {type(self.loader).__name__}"
             )
         if isinstance(self.loader, Sized) and len(self.loader) == 0:
@@ -51,6 +55,9 @@ class Samples:
         for name, value in (("count", self.count), ("places", self.places)):
             if value is not None:
                 check_int(name, value, 1)
+        for name, function in (("forward", self.forward), ("loss", self.loss)):
+            if function is not None and not callable(function):
+                raise TypeError(f"Expected argument `{name}` to be a function of model and batch but got {function!r}")
 
     @classmethod
     def of(cls, data: Any) -> Samples:
@@ -58,23 +65,47 @@ class Samples:
         return data if isinstance(data, Samples) else cls(data)
 
     def batches(self) -> Iterator[tuple[int, bool, Any]]:
-        """One pass: the number of each batch, whether it is held back, and the batch. Raises `ValueError` where there
-        is none."""
-        generator = getattr(self.loader, "generator", None)
-        own = generator if isinstance(generator, torch.Generator) else torch.Generator()
-        kept = own.get_state()
-        seen, number = 0, -1
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            for number, batch in enumerate(self.loader):
-                held = number % HELD_OUT == HELD_OUT - 1
-                yield number, held, batch
-                seen += 0 if held or self.count is None else count_inputs(batch)
-                if self.count is not None and seen >= self.count:
-                    break
-        own.set_state(kept)
-        if number < 0:
+        """One pass: the number of each batch, whether it is held back, and the batch. Random numbers are the loader's
+        own while it makes a batch, and the caller's in between. Raises `ValueError` where there is no batch."""
+        states = [g.get_state() for g in self._generators]
+        states[0] = torch.Generator().manual_seed(0).get_state()
+        seen, number = 0, 0
+        with self._in(states):
+            batches = iter(self.loader)
+        while self.count is None or seen < self.count:
+            with self._in(states):
+                batch = next(batches, _END)
+            if batch is _END:
+                break
+            held = number % HELD_OUT == HELD_OUT - 1
+            yield number, held, batch
+            number += 1
+            seen += 0 if held or self.count is None else _size(batch)
+        if number == 0:
             raise ValueError("Expected argument `data` to hold batches but it is empty")
+
+    @property
+    def _generators(self) -> list[torch.Generator]:
+        """PyTorch's, and those that the loader has of its own."""
+        sampler = getattr(self.loader, "batch_sampler", None)
+        holders = (self.loader, sampler, getattr(self.loader, "sampler", None), getattr(sampler, "sampler", None))
+        own = [getattr(holder, "generator", None) for holder in holders]
+        found = {id(g): g for g in (torch.default_generator, *own) if isinstance(g, torch.Generator)}
+        return list(found.values())
+
+    @contextmanager
+    def _in(self, states: list[Tensor]) -> Iterator[None]:
+        """With these states of the generators, which go on; then with those of before."""
+        generators = self._generators
+        kept = [g.get_state() for g in generators]
+        try:
+            for g, state in zip(generators, states, strict=True):
+                g.set_state(state)
+            yield
+            states[:] = [g.get_state() for g in generators]
+        finally:
+            for g, state in zip(generators, kept, strict=True):
+                g.set_state(state)
 
     @staticmethod
     def moved(batch: Any, device: torch.device) -> Any:
@@ -112,6 +143,13 @@ def as_call(model: nn.Module, batch: Any) -> Call:
     return Call((), known)
 
 
+def _size(batch: Any) -> int:
+    """How many inputs a batch holds: the leading size of the first of its tensors that has one."""
+    if isinstance(batch, Call) and batch.batch is not None:
+        return batch.batch
+    return next((x.shape[0] for x in leaves(batch) if isinstance(x, Tensor) and x.dim()), 1)
+
+
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Call):
         return Call(_moved(value.args, device), _moved(value.kwargs, device), value.batch)
@@ -119,6 +157,9 @@ def _moved(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, Mapping):
         return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_moved(item, device) for item in value))
     if isinstance(value, (tuple, list)):
-        return [_moved(item, device) for item in value]
+        moved: Sequence[Any] = [_moved(item, device) for item in value]
+        return tuple(moved) if isinstance(value, tuple) else moved
     return value

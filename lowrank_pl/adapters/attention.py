@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowrank_pl.adapters.base import Adapter
 from lowrank_pl.adapters.computed import is_plain
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import SplitAttention, attention_inputs
+from lowrank_pl.layers import SplitAttention, attention_inputs, heard_inputs
 
 _PLACES = {"q_proj": 0, "k_proj": 1, "v_proj": 2}  # of the thirds of `in_proj_weight`
 
@@ -50,6 +50,15 @@ class Attention(Adapter):
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
         assert isinstance(module, nn.MultiheadAttention)
         return attention_inputs(module, args, kwargs)
+
+    def applied_to(
+        self, module: nn.Module, keys: Collection[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[str, Tensor] | None:
+        assert isinstance(module, nn.MultiheadAttention)
+        found = self.inputs(module, args, kwargs)
+        if "out_proj" in keys and found is not None:
+            found |= heard_inputs(SplitAttention.of(module, {}), ["out_proj"], args, kwargs)
+        return found
 
     def inside(self, module: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(module, nn.MultiheadAttention)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -61,6 +61,13 @@ class Adapter(ABC):
         values are only used to check and time factors; without those that nobody knows. None for a call that the
         deployed module could not answer."""
         return {}
+
+    def applied_to(
+        self, module: nn.Module, keys: Collection[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[str, Tensor] | None:
+        """What maps, at least these, are applied to in truth, with their values; without those that nobody knows. As
+        `inputs`, unless these only stand for others."""
+        return self.inputs(module, args, kwargs)
 
     def inside(self, module: nn.Module) -> Sequence[nn.Module]:
         """Submodules whose weights are among the maps."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowrank_pl.adapters.base import Adapter
 from lowrank_pl.adapters.computed import is_plain
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import SplitRecurrent, matrix_names, recurrent_inputs
+from lowrank_pl.layers import SplitRecurrent, heard_inputs, matrix_names, recurrent_inputs
 
 
 @final
@@ -40,6 +40,12 @@ class Recurrent(Adapter):
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
         assert isinstance(module, nn.RNNBase)
         return recurrent_inputs(module, args, kwargs)
+
+    def applied_to(
+        self, module: nn.Module, keys: Collection[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[str, Tensor] | None:
+        assert isinstance(module, nn.RNNBase)
+        return heard_inputs(SplitRecurrent.of(module, {}), keys, args, kwargs)
 
     def obstacle(self, module: nn.Module, key: str) -> str | None:
         assert isinstance(module, nn.RNNBase)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, final
@@ -64,7 +64,13 @@ class RowBlocks(Adapter):
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
         whole = self.adapter.inputs(module, args, kwargs)
-        return None if whole is None else {key: whole[self._whole(key)] for key in self.maps(module)}
+        return None if whole is None else self._of_blocks(module, whole)
+
+    def applied_to(
+        self, module: nn.Module, keys: Collection[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[str, Tensor] | None:
+        whole = self.adapter.applied_to(module, {self._whole(key) for key in keys}, args, kwargs)
+        return None if whole is None else self._of_blocks(module, whole)
 
     def inside(self, module: nn.Module) -> Sequence[nn.Module]:
         return self.adapter.inside(module)
@@ -79,6 +85,9 @@ class RowBlocks(Adapter):
             layers = [parts.get(k) or linear_of(self.read(module, k), self.bias(module, k)) for k in own]
             whole[key] = layers[0] if len(layers) == 1 else StackedLinear(layers)
         return self.adapter.deploy(module, whole)
+
+    def _of_blocks(self, module: nn.Module, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: whole[self._whole(key)] for key in self.maps(module) if self._whole(key) in whole}
 
     def _count(self, key: str) -> int:
         return next((n for pattern, n in self.blocks.items() if fnmatchcase(key, pattern)), 1)

@@ -7,7 +7,7 @@ from lowrank_pl.layers.factored import FactoredEmbedding, FactoredExperts, Facto
 from lowrank_pl.layers.grouped_linear import GroupedLinear
 from lowrank_pl.layers.lazy_weight import Factors, LazyWeight, Made, Source
 from lowrank_pl.layers.lowering import lowered_inputs, lowered_outputs
-from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, linear_of, spec_of
+from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, heard_inputs, linear_of, spec_of
 from lowrank_pl.layers.recurrent import SplitRecurrent, matrix_names, recurrent_inputs
 from lowrank_pl.layers.stacked_linear import StackedLinear
 from lowrank_pl.layers.tiled import Run, TiledLayer, factor_shapes, lowered, tile_regions, tile_side, weight_of_tiles
@@ -46,6 +46,7 @@ __all__ = [
     "attention_inputs",
     "build",
     "factor_shapes",
+    "heard_inputs",
     "linear_of",
     "lowered",
     "lowered_inputs",

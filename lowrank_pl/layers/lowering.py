@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +23,26 @@ def lowered_inputs(x: Tensor, spec: LayerSpec, places: int | None, generator: to
         return _places_of(x, spec.groups, places, generator)
     ((_, *sizes),) = spec.with_(inputs=((1, *x.shape[2:]),)).outputs
     chosen = torch.unravel_index(_draw(math.prod(sizes), places, generator), tuple(sizes))
-    margins = margins_of(spec)
-    if any(margins):
-        x = F.pad(x, margins, mode="constant" if spec.padding_mode == "zeros" else spec.padding_mode)
     reached = []
     for i, places_along in enumerate(chosen):
         along = places_along[:, None] * spec.stride[i] + torch.arange(spec.kernel[i]) * spec.dilation[i]
-        reached.append(along.view(len(along), *(-1 if j == i else 1 for j in range(axes))).to(x.device))
-    index: tuple[Any, ...] = (slice(None), slice(None), *reached)
-    patches = x[index]  # [N, S, P, *kernel]
-    rows: Tensor = patches.unflatten(1, (spec.groups, -1)).permute(1, 0, 3, 2, *range(4, 4 + axes))
-    return rows.flatten(3).flatten(1, 2)
+        reached.append(along.view(len(along), *(-1 if j == i else 1 for j in range(axes))))
+    index = _padded_numbers(spec, x.shape[2:])[tuple(reached)].flatten().to(x.device)  # places, each with its kernel
+    vectors = x.flatten(2).mT.contiguous().index_select(1, index.clamp(min=0))  # of whole pixels, which lie together
+    vectors = vectors.masked_fill(index.lt(0).unsqueeze(1), 0)
+    patches = vectors.unflatten(1, (-1, math.prod(spec.kernel))).unflatten(3, (spec.groups, -1))
+    rows: Tensor = patches.permute(3, 0, 1, 4, 2).flatten(3).flatten(1, 2)
+    return rows
+
+
+def _padded_numbers(spec: LayerSpec, sizes: Sequence[int]) -> Tensor:
+    """Which pixel lies where, `[*padded sizes]`; -1 where there is a zero."""
+    numbers, margins = torch.arange(math.prod(sizes)).view(1, 1, *sizes).double(), margins_of(spec)
+    if spec.padding_mode == "zeros":
+        padded = F.pad(numbers, margins, value=-1)
+    else:
+        padded = F.pad(numbers, margins, mode=spec.padding_mode) if any(margins) else numbers
+    return padded[0, 0].long()
 
 
 def lowered_outputs(y: Tensor, spec: LayerSpec, places: int | None, generator: torch.Generator) -> Tensor:

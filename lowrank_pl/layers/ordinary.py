@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
@@ -90,3 +91,19 @@ def with_missing(
     if unknown := projections.keys() - dense.keys():
         raise ValueError(f"Expected `projections` to name some of {sorted(dense)} but got {sorted(unknown)}")
     return {name: projections[name] if name in projections else linear_of(*each) for name, each in dense.items()}
+
+
+def heard_inputs(
+    module: nn.Module, names: Collection[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """What the submodules of these names, linear layers, are applied to in a call: `[..., in]`, or vectors `[n, in]` of
+    all calls of those that are called several times."""
+    heard: dict[str, list[Tensor]] = {name: [] for name in names}
+    for name, found in heard.items():
+        module.get_submodule(name).register_forward_pre_hook(lambda _, given, found=found: found.append(given[0]))
+    module(*args, **kwargs)
+    return {
+        name: found[0] if len(found) == 1 else torch.cat([x.reshape(-1, x.shape[-1]) for x in found])
+        for name, found in heard.items()
+        if found
+    }

@@ -44,7 +44,7 @@ class Recorder:
         self._counted: dict[tuple[str, str], int] = {}
         self._counting = ExitStack()
         self._stack.enter_context(eager())
-        self._stack.enter_context(_slow_paths())
+        self._stack.enter_context(slow_paths())
         owners: dict[nn.Module, dict[str, LinearMap]] = {}
         for each in find_maps(model).values():
             owners.setdefault(each.module, {})[each.key] = each
@@ -280,7 +280,7 @@ class _Watched(dict[str, Any]):
 
 
 @contextmanager
-def _slow_paths() -> Iterator[None]:
+def slow_paths() -> Iterator[None]:
     """PyTorch's fused operations for whole layers of transformers call none of their modules."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
