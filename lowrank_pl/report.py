@@ -218,7 +218,7 @@ def _report(dense: nn.Module, compressed: nn.Module, trace: Trace, total: tuple[
         layout = _layout(name, each, entry["layers"].get(name), trace)
         sizes = _layer_sizes(name, _pair_of(each, compressed, name in entry["layers"]), trace, layout, watch)
         response = entry.get("responses", {}).get(name, {})
-        error = response.get("held_out", response.get("fitted"))
+        error = response.get("fitted") if response.get("held_out") is None else response["held_out"]
         layers.append(LayerSize(name, layout.describe(), *sizes, entry["notes"].get(name, ""), error))
     parameter = next(dense.parameters(), torch.zeros(()))
     fused = [module for module in dense.modules() if isinstance(module, nn.RNNBase) and parameter.device.type != "cpu"]
