@@ -43,7 +43,7 @@ def method_of(config: Any) -> str:
     if kind == "deeptwist" and "S_D" in compression:
         words.append(f"S_D={_word(compression['S_D'])}")
     metric = compression.get("metric")
-    if metric not in (None, "inputs" if words[0] == "reconstruct" else "weights"):
+    if metric not in (None, "inputs" if words[0] in ("reconstruct", "one-shot") else "weights"):
         words.append(f"metric={_word(metric)}")
     return " ".join(words)
 

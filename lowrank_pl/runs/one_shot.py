@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, final, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,7 +62,7 @@ class OneShot:
         what ends it early. Raises `ValueError` with the key."""
         samples = None
         if self.needs_images:
-            size = max(1, min(_LARGEST, self.samples // 10))
+            size = math.ceil(self.samples / max(10, math.ceil(self.samples / _LARGEST)))
             samples = Samples(_Batches(images(), size, check), self.samples, self.places, loss=_loss)
         with warnings.catch_warnings(record=True) as caught:
             try:
@@ -81,18 +82,23 @@ class OneShot:
 
 @dataclass(frozen=True)
 class _Batches:
-    """Those of a loader, cut to smaller ones of nearly one size."""
+    """The images of a loader, so many at a time."""
 
     loader: Iterable[Any]
     size: int
     check: Callable[[], None]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self.loader:
-            parts = math.ceil(len(images) / self.size)
-            for pair in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
+        left: tuple[Tensor, Tensor] | None = None
+        for pair in self.loader:
+            images, labels = pair if left is None else map(torch.cat, zip(left, pair, strict=True))
+            whole = len(images) // self.size * self.size
+            for batch in zip(images[:whole].split(self.size), labels[:whole].split(self.size), strict=True):
                 self.check()
-                yield pair
+                yield batch
+            left = images[whole:], labels[whole:]
+        if left is not None and len(left[0]):
+            yield left
 
 
 def _loss(model: nn.Module, batch: Any) -> Tensor:
