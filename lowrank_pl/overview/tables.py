@@ -7,6 +7,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from rich import box
 from rich.console import Group
@@ -85,13 +86,9 @@ def overview_tables(entries: Sequence[Entry]) -> Group:
         answers = has_responses([entry for entry, _ in own])
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", collapse_padding=answers)
         for i, name in enumerate((*_NARROW, *(["resp."] if answers else []))):
-            table.add_column(
-                name,
-                justify="left" if i < 2 else "right",
-                overflow="fold",
-                no_wrap=i >= 2,
-                max_width=20 if answers and name == "method" else None,
-            )  # for the names of runs
+            most = 19 if answers and name == "method" else None  # the rest is for the names of runs
+            justify: Literal["left", "right"] = "left" if i < 2 else "right"
+            table.add_column(name, justify=justify, overflow="fold", no_wrap=i >= 2, max_width=most)
         problems = []
         for entry, line in own:
             name, result = line[0][len(folder) :].lstrip("/"), line[2]
