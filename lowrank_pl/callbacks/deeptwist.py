@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 
 from lowrank_pl.callbacks.compression_callback import CompressionCallback, Occasion, rank_metrics
 from lowrank_pl.callbacks.quiet import quiet_copy, training_loss
-from lowrank_pl.checks import check_int
+from lowrank_pl.checks import check_among, check_int
 from lowrank_pl.compression import Plan
 from lowrank_pl.decompositions import Choice
 from lowrank_pl.methods import Distortion, distort_, is_due
@@ -62,7 +62,9 @@ class DeepTwist(CompressionCallback):
         monitor_loss: bool = False,
         choose_at: int = 0,
         batch_size: int | None = None,
+        metric: str = "weights",  # a place for it: it has no effect yet
     ) -> None:
+        check_among("metric", metric, ("weights", "inputs", "inputs_and_gradients"))
         super().__init__(method, rank, targets, evaluate_distorted, recalibrate_bn, batch_size)
         check_int("S_D", S_D, 1, "number of optimizer steps")
         check_int("choose_at", choose_at, 0, "number of optimizer steps")

@@ -24,6 +24,7 @@ from lowrank_pl.callbacks.lc_warnings import (
     warn_of_zeros,
 )
 from lowrank_pl.callbacks.learning_rate import clear_momentum_, start_l_step_
+from lowrank_pl.checks import check_among
 from lowrank_pl.compression import Plan, write_weights_
 from lowrank_pl.costs import Cost, Latency, resolve_cost
 from lowrank_pl.decompositions import DENSE
@@ -89,8 +90,10 @@ class LearningCompression(CompressionCallback):
         recalibrate_bn: int = 0,
         most: Caps = None,
         batch_size: int | None = None,
+        metric: str = "weights",  # a place for it: it has no effect yet
         **settings: Unpack[LCSettings],
     ) -> None:
+        check_among("metric", metric, ("weights", "inputs", "inputs_and_gradients"))
         if (lambda_ is None) == (budget is None):
             raise ValueError("Expected exactly one of the arguments `lambda_` and `budget`")
         if budget is not None and not isinstance(budget, CostBudget):
