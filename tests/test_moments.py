@@ -12,8 +12,8 @@ from lowrank_pl import SVD, FixedRank, RankFraction, Samples, Targets, compress,
 from lowrank_pl.adapters import Attention, Recurrent, RowBlocks, find_maps, registry
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import lowered_inputs, spec_of
-from lowrank_pl.metric import columns_of
 from lowrank_pl.methods.reconstruct import collect
+from lowrank_pl.metric import columns_of
 from lowrank_pl.moments import Moments, listening, warn_of_few
 
 ALL = Targets(skip_first=False, skip_last=False, embeddings=True)
