@@ -20,7 +20,7 @@ from lowrank_pl.names import clean_name, under
 from lowrank_pl.structures import Dense, Structure
 from lowrank_pl.surgery import deploy, detached_copy, heads_of
 from lowrank_pl.timing import median_ms
-from lowrank_pl.tracing import Trace, eager, run
+from lowrank_pl.tracing import Trace, eager, run, slow_paths
 
 T = TypeVar("T")
 
@@ -156,7 +156,7 @@ def _heard(model: nn.Module, names: Collection[str], example_input: Any) -> tupl
     ran: set[str] = set()
     handles = [model.get_submodule(n).register_forward_pre_hook(lambda *_, n=n: ran.add(n)) for n in names]
     try:
-        with eager():  # compiled code would not call hooks
+        with eager(), slow_paths():  # which call hooks, and compute something where a mask says that nothing is
             return ran, tree_leaves(run(model, example_input))
     finally:
         for handle in handles:

@@ -50,7 +50,7 @@ class Samples:
                 "Expected argument `data` to be a DataLoader or a list of batches, which can be gone through again, "
                 f"but got an iterator, a {type(self.loader).__name__}"
             )
-        if isinstance(self.loader, Sized) and len(self.loader) == 0:
+        if _length(self.loader) == 0:
             raise ValueError("Expected argument `data` to hold batches but it is empty")
         for name, value in (("count", self.count), ("places", self.places)):
             if value is not None:
@@ -130,17 +130,26 @@ def as_call(model: nn.Module, batch: Any) -> Call:
         batch = batch[0]
     if not isinstance(batch, Mapping):
         return Call((batch,))
-    parameters = inspect.signature(model.forward).parameters.values()
+    written: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped takes anything
+    parameters = inspect.signature(written.forward).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return Call((), dict(batch))
     known = {name: value for name, value in batch.items() if name in {p.name for p in parameters}}
     if not known:
         raise ValueError(
-            f"Expected batches of `data` with what {type(model).__name__}.forward takes "
+            f"Expected batches of `data` with what {type(written).__name__}.forward takes "
             f"({', '.join(p.name for p in parameters)}) but they hold {', '.join(map(str, batch))}: give "
             "Samples(loader, forward=lambda model, batch: ...)"
         )
     return Call((), known)
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    """How many batches, where it can be told: a DataLoader of a stream has a length that raises."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:
+        return None
 
 
 def _size(batch: Any) -> int:
