@@ -51,6 +51,9 @@ class Attention(Adapter):
         assert isinstance(module, nn.MultiheadAttention)
         return attention_inputs(module, args, kwargs)
 
+    def stands_in(self, module: nn.Module, key: str) -> bool:
+        return key == "out_proj"
+
     def inside(self, module: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(module, nn.MultiheadAttention)
         return (module.out_proj,)

@@ -57,10 +57,14 @@ class Adapter(ABC):
         module of factors with its bias."""
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        """What each map is applied to when the module is called with these arguments: tensors of that shape, whose
-        values are only used to check and time factors; without those that nobody knows. None for a call that the
-        deployed module could not answer."""
+        """What each map is applied to when the module is called with these arguments, or, where `stands_in`, tensors of
+        that shape to check and time factors with; without those that nobody knows. None for a call that the deployed
+        module could not answer."""
         return {}
+
+    def stands_in(self, module: nn.Module, key: str) -> bool:
+        """Whether `inputs` has other values in the place of those that the map is applied to, which nobody sees."""
+        return False
 
     def inside(self, module: nn.Module) -> Sequence[nn.Module]:
         """Submodules whose weights are among the maps."""

@@ -41,6 +41,9 @@ class Recurrent(Adapter):
         assert isinstance(module, nn.RNNBase)
         return recurrent_inputs(module, args, kwargs)
 
+    def stands_in(self, module: nn.Module, key: str) -> bool:
+        return not key.startswith("weight_ih_l0")
+
     def obstacle(self, module: nn.Module, key: str) -> str | None:
         assert isinstance(module, nn.RNNBase)
         if type(module) not in (nn.LSTM, nn.GRU, nn.RNN):

@@ -66,6 +66,9 @@ class RowBlocks(Adapter):
         whole = self.adapter.inputs(module, args, kwargs)
         return None if whole is None else {key: whole[self._whole(key)] for key in self.maps(module)}
 
+    def stands_in(self, module: nn.Module, key: str) -> bool:
+        return self.adapter.stands_in(module, self._whole(key))
+
     def inside(self, module: nn.Module) -> Sequence[nn.Module]:
         return self.adapter.inside(module)
 
