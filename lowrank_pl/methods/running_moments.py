@@ -31,6 +31,7 @@ from lowrank_pl.tracing import eager
 # Of a layer: the sum of `x x^T` over rows, `[groups, n, n]`, or of `x * x`, `[groups, n]`, where n is above 8,192; and
 # how many rows it is of. Float64.
 Sums: TypeAlias = dict[str, tuple[Tensor, float]]
+Rows: TypeAlias = dict[str, list[Tensor]]  # `[groups, m, n]`, call by call
 
 
 @final
@@ -55,7 +56,7 @@ class RunningMoments:
         self.inputs: Sums = {}
         self.outputs: Sums = {}
         self._metrics: dict[str, Metric] = {}  # of the sums as they are
-        self._batch: tuple[Sums, Sums] = {}, {}
+        self._rows: tuple[Rows, Rows] = {}, {}  # of this batch, as they were drawn
         self._listened: dict[str, LinearMap] = {}
         self._stack: ExitStack | None = None
 
@@ -66,17 +67,20 @@ class RunningMoments:
     def start(self, model: nn.Module, names: Collection[str], seed: int, silent: Collection[str] = ()) -> None:
         """Listen to these maps until `stop`; compiled code runs eagerly meanwhile. `seed` says which places are drawn.
         Of `silent` ones no gradients are wanted this time."""
-        self._batch = {}, {}
+        inputs: Rows = {}
+        outputs: Rows = {}
+        self._rows = inputs, outputs
         self._listened = {name: each for name, each in find_maps(model).items() if name in names}
 
         def hear(name: str, each: LinearMap, x: Tensor) -> None:
-            self._add(self._batch[0], name, draw(x, each.layer, self.places, seed))
+            # copies: what a layer was given may be written to before this batch ends
+            inputs.setdefault(name, []).append(draw(x, each.layer, self.places, seed).clone())
 
         def hear_gradient(name: str, each: LinearMap, g: Tensor) -> None:
-            if self.is_listening and name in self._batch[0] and name not in silent:
+            if self.is_listening and name in inputs and name not in silent:
                 g = g if g.dtype in (torch.float32, torch.float64) else g.float()
                 generator = torch.Generator().manual_seed(seed)
-                self._add(self._batch[1], name, lowered_outputs(g, each.layer, self.places, generator))
+                outputs.setdefault(name, []).append(lowered_outputs(g, each.layer, self.places, generator).clone())
 
         self._stack = ExitStack()
         self._stack.enter_context(eager())
@@ -88,8 +92,8 @@ class RunningMoments:
         if self._stack is None:
             return set(), False
         self.give_up()
-        inputs, outputs = map(self._of_all_processes, self._batch, (False, True))
-        self._batch = {}, {}
+        inputs, outputs = map(self._summed, self._rows, (False, True))
+        self._rows = {}, {}
         for name, (total, _) in inputs.items():
             if not torch.isfinite(total).all():
                 raise ValueError(
@@ -136,22 +140,14 @@ class RunningMoments:
         self._metrics = {}
 
     @torch.no_grad()
-    def _add(self, sums: Sums, name: str, rows: Tensor) -> None:
-        """Rows `[groups, m, n]`."""
-        with torch.autocast(rows.device.type, enabled=False):
-            rows = rows.detach().double()
-            total = rows.square().sum(1) if rows.shape[2] > LONGEST else rows.mT @ rows
-        if name in sums:
-            total = total + sums[name][0]
-        sums[name] = total, rows.shape[1] + (sums[name][1] if name in sums else 0.0)
-
-    def _of_all_processes(self, sums: Sums, of_outputs: bool) -> Sums:
+    def _summed(self, rows: Rows, of_outputs: bool) -> Sums:
+        """Of all processes. Not while the network runs, which somebody may count the multiply-adds of."""
+        sums = {name: _sums(torch.cat(parts, dim=1)) for name, parts in rows.items()}
         if not is_parallel():
             return sums
         device = next(iter(self._listened.values())).parameters[0].device if self._listened else None
-        counts = torch.tensor([sums[n][1] if n in sums else 0.0 for n in self._listened], dtype=torch.float64).to(
-            device
-        )
+        local = [sums[name][1] if name in sums else 0.0 for name in self._listened]
+        counts = torch.tensor(local, dtype=torch.float64, device=device)
         add_up_([counts])
         found: Sums = {}
         for (name, each), count in zip(self._listened.items(), counts.tolist(), strict=True):
@@ -168,6 +164,11 @@ class RunningMoments:
                 before, weight = sums[name]
                 total, count = total + self.decay * before.to(total.device), count + self.decay * weight
             sums[name] = total, count
+
+
+def _sums(rows: Tensor) -> tuple[Tensor, float]:
+    rows = rows.double()
+    return rows.square().sum(1) if rows.shape[2] > LONGEST else rows.mT @ rows, rows.shape[1]
 
 
 def _zeros(each: LinearMap, of_outputs: bool, device: torch.device | None) -> Tensor:
