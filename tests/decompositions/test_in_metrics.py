@@ -69,7 +69,31 @@ def test_squared_norm(name, kind):
     weight = layer.weight.detach().double()
     expected = squared(spec, weight, a, b)
     assert metric.squared_norm(weight) == pytest.approx(expected, rel=1e-9)
-    assert float((weight * metric.times(weight)).sum()) == pytest.approx(expected, rel=1e-9)
+    weight.requires_grad_()
+    white = metric.whiten(grouped(weight, spec))
+    (metric.outputs.times(white.mT) if metric.outputs else white).square().sum().backward()
+    torch.testing.assert_close(metric.times(weight), weight.grad / 2, rtol=1e-9, atol=1e-9 * expected**0.5)
+    assert float((weight.detach() * metric.times(weight)).sum()) == pytest.approx(expected, rel=1e-9)
+
+
+@each_kind
+@pytest.mark.parametrize("name", LAYERS)
+def test_normalized(name, kind):
+    """Against eigenvalues of the whole matrices; and what a checkpoint keeps of it is exact."""
+    spec = spec_of(make_layer(name)[0])
+    metric, a, b = make_metric(spec, kind, scale=1e4)
+    found, largest = metric.normalized(0.1), 1.0
+    for root, matrix in ((found.inputs, a), (found.outputs, b)):
+        if root is None:
+            continue
+        mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        expected = (matrix / mean + 0.1 * torch.eye(matrix.shape[-1])) / 1.1
+        torch.testing.assert_close(root.matrix, expected.expand_as(root.matrix), rtol=1e-6, atol=1e-5)
+        largest *= float(torch.linalg.eigvalsh(expected).max())
+    assert found.largest == pytest.approx(largest, rel=1e-5)
+    again = Metric.from_state_dict(spec, found.state_dict(), torch.device("cpu"))
+    weight = torch.randn(spec.stored_shape).double()
+    assert torch.equal(again.times(weight), found.times(weight))
 
 
 @each_kind
