@@ -201,7 +201,7 @@ def test_what_was_not_replaced_takes_the_same_time(monkeypatch):
     "other",
     [nn.Linear(8, 8, bias=False), nn.Linear(8, 9), nn.Linear(8, 8).double(), nn.Sequential(nn.Linear(8, 8)),
      nn.Bilinear(8, 8, 8)],
-)
+)  # fmt: skip
 def test_different_networks_are_timed_apart(other):
     assert is_same_computation(nn.Linear(8, 8), nn.Linear(8, 8))
     assert not is_same_computation(nn.Linear(8, 8), other)
