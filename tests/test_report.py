@@ -15,7 +15,18 @@ from rich.console import Console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_pl import BlockSVD, FixedRank, SpatialSVD, Targets, TiledSVD, Tucker2, compress, make_plan, summarize
+from lowrank_pl import (
+    BlockSVD,
+    FixedRank,
+    RankFraction,
+    SpatialSVD,
+    Targets,
+    TiledSVD,
+    Tucker2,
+    compress,
+    make_plan,
+    summarize,
+)
 from lowrank_pl.adapters import find_maps
 from lowrank_pl.evaluation import evaluate
 from lowrank_pl.report import median_ms, print_plan
@@ -372,8 +383,6 @@ def test_networks_in_the_wrong_order():
 
 
 def test_a_network_compressed_twice_has_the_response_errors_of_the_second_time():
-    from lowrank_pl import RankFraction, Targets, compress
-
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
     x = torch.randn(40, 8)
     both = [Targets(["0"], skip_last=False), Targets(["1"], skip_last=False)]
