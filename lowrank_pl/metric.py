@@ -112,7 +112,7 @@ class Metric:
     def normalized(self, shrinkage: float) -> Metric:
         """With A and B of mean eigenvalue 1 in every group, after so much of the mean has been added to all."""
         roots = [None if root is None else root.normalized(shrinkage) for root in (self.inputs, self.outputs)]
-        return Metric(self.layer, *roots, sweeps=self.sweeps)
+        return Metric(self.layer, roots[0], roots[1], self.sweeps)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors."""
