@@ -77,9 +77,8 @@ def metric_overhead(repeats: int, S_D: int = 200, batch: int = 128) -> Result:
         return clock.seconds
 
     ways, names = [lambda: seconds("weights"), lambda: seconds("inputs")], ("weights", "inputs")
-    return _result(
-        "fit in the inputs' metric / in Frobenius norm, ResNet-20", names, *_in_turns(ways, repeats), "<= 1.05"
-    )
+    plain, in_metric = _in_turns(ways, repeats)
+    return _result("fit in the metric of inputs / in Frobenius norm, ResNet-20", names, plain, in_metric, "<= 1.05")
 
 
 def projection_resnet32(repeats: int) -> Result:
