@@ -76,9 +76,9 @@ def metric_overhead(repeats: int, S_D: int = 200, batch: int = 128) -> Result:
         _trainer(S_D, [DeepTwist(S_D, "svd", metric=metric), clock]).fit(_classifier(CifarResNet(depth=20)), images)
         return clock.seconds
 
-    plain, inputs = _in_turns([lambda: seconds("weights"), lambda: seconds("inputs")], repeats)
-    name = "fit in the inputs' metric / in Frobenius norm, ResNet-20"
-    return _result(name, ("weights", "inputs"), plain, inputs, "<= 1.05")
+    ways, names = [lambda: seconds("weights"), lambda: seconds("inputs")], ("weights", "inputs")
+    plain, in_metric = _in_turns(ways, repeats)
+    return _result("fit in the metric of inputs / in Frobenius norm, ResNet-20", names, plain, in_metric, "<= 1.05")
 
 
 def projection_resnet32(repeats: int) -> Result:
