@@ -167,13 +167,14 @@ class Words(nn.Module):
 
 
 @pytest.mark.parametrize("repeated", [False, "reentrant", "new"])
-def test_what_nobody_sees_and_what_is_repeated(repeated):
-    """Sums of attention and hidden states are not known; an activation checkpoint runs its layers twice."""
+def test_what_is_inside_and_what_is_repeated(repeated):
+    """Sums of attention and hidden states are heard too; an activation checkpoint runs its layers twice."""
     net, moments = Words(repeated), RunningMoments(places=None, gradients=True)
     moments.start(net, find_maps(net), seed=0)
     net(torch.randint(0, 9, (5, 7))).square().sum().backward()
     moments.stop()
-    names = {f"attention.{x}_proj" for x in "qkv"} | {"rnn.weight_ih_l0", "block.0"}
+    names = {f"attention.{x}_proj" for x in ("q", "k", "v", "out")}
+    names |= {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "block.0"}
     assert moments.inputs.keys() == names
     assert moments.outputs.keys() == {"block.0"}
     assert {count for _, count in moments.inputs.values()} == {35.0}
