@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nets import Net, images
 from torch import nn
 
-from lowrank_pl import FixedRank, RankFraction, Samples, Targets, compress, load_compressed, save_compressed, summarize
+from lowrank_pl import FixedRank, RankFraction, Targets, compress, load_compressed, save_compressed, summarize
 from lowrank_pl.extraction import RECORD
 from lowrank_pl.samples import as_call
 
@@ -100,7 +100,10 @@ def state_of(net):
         name: [list(v) for k, v in sorted(vars(m).items()) if k.endswith("hooks")] for name, m in net.named_modules()
     }
     return (
-        {name: (value.data_ptr(), value.clone().flatten().view(torch.uint8)) for name, value in net.state_dict().items()},
+        {
+            name: (value.data_ptr(), value.clone().flatten().view(torch.uint8))
+            for name, value in net.state_dict().items()
+        },
         {name: module.training for name, module in net.named_modules()},
         hooks,
         {name: (p.requires_grad, p.grad is None or p.grad.clone()) for name, p in net.named_parameters()},
@@ -164,7 +167,10 @@ def test_an_error_in_the_middle_leaves_everything_alone(mode):
         "batch 3 of the data: NaN or Inf in its inputs": (3, torch.full((4, 3, 8, 8), torch.nan)),
         r"^Batch 2 of the data: the model does not run on it \(RuntimeError": (2, torch.randn(4, 2, 8, 8)),
         r"^Batch 5 of the data: the model does not run on it \(ValueError: Expected batches": (5, {"image": data[0]}),
-        r"^The model does not run on the first batch of `data` \(RuntimeError.*give Samples\(loader, forward=": (0, data[0][:, 1:]),
+        r"^The model does not run on the first batch of `data` \(RuntimeError.*give Samples\(loader, forward=": (
+            0,
+            data[0][:, 1:],
+        ),
         "^Expected a batch whose size can be told": (0, torch.tensor(1.0)),
     }
     before = state_of(net)
