@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from lowrank_pl import Samples, Targets, compress
 from lowrank_pl.data import EpochSampler
@@ -44,6 +44,9 @@ LOADERS = {
     "shuffle": lambda: DataLoader(DATA, 4, shuffle=True),
     "generator": lambda: DataLoader(DATA, 4, shuffle=True, generator=generator()),
     "sampler": lambda: DataLoader(DATA, 4, sampler=RandomSampler(DATA, generator=generator())),
+    "batch_sampler": lambda: DataLoader(
+        DATA, batch_sampler=BatchSampler(RandomSampler(DATA, generator=generator()), 4, drop_last=False)
+    ),
     "noisy": lambda: DataLoader(Noisy(), 4, shuffle=True),
     "workers": lambda: DataLoader(Noisy(), 4, shuffle=True, num_workers=1, generator=generator()),
     "stream": lambda: DataLoader(Stream(), 4),
@@ -60,10 +63,19 @@ def test_the_same_batches_in_every_pass(kind):
     """Whatever a network draws in between; random states, the loader's too, are as they were."""
     loader = LOADERS[kind]()
     samples = Samples(loader)
-    own = getattr(loader, "generator", None) or getattr(getattr(loader, "sampler", None), "generator", None)
+    holders = (
+        loader,
+        getattr(loader, "sampler", None),
+        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
+    )
+    own = next((g for holder in holders if (g := getattr(holder, "generator", None)) is not None), None)
     states = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()]
     inner = own.get_state() if own is not None else None
     first = [(number, held, inputs(batch).clone()) for number, held, batch in samples.batches()]
+    if kind == "noisy":
+        noise = {round(float((batch - batch.floor()).sum()), 6) for _, _, batch in first}
+        assert len(noise) == 6
+    torch.rand(3)
     second = []
     for number, held, batch in samples.batches():
         assert own is None or torch.equal(own.get_state(), inner)

@@ -117,6 +117,13 @@ class Root:
         half = self.factor / self.factor.square().sum(-2, keepdim=True)
         return matrix @ half @ half.mT
 
+    def raised(self, by: Tensor) -> Root:
+        """Of `A + by I`, `by` `[...]`, for a square factor."""
+        if self.is_diagonal:
+            return Root((self.factor.square() + by.unsqueeze(-1)).sqrt(), None, True)
+        values = self.factor.square().sum(-2, keepdim=True)
+        return Root(self.factor * (1 + by[..., None, None] / values).sqrt())
+
     def marginal(self, shape: Sequence[int], kept: Sequence[int]) -> Root:
         """Of inputs that are arrays of this `shape`, the matrix of those along the `kept` axes, summed up over the
         others: in what an array stands for when only these are seen."""

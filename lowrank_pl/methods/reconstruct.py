@@ -36,6 +36,7 @@ from lowrank_pl.terminal import terminal
 from lowrank_pl.tracing import Call, Following, eager, slow_paths, what_follows
 
 Mode: TypeAlias = Literal["outputs", "asymmetric", "nonlinear"]
+DAMPING = 0.1  # of the mean eigenvalue, at as many vectors as inputs
 ROUNDING = 1e-12  # of outputs' squares: what varies less does not vary
 
 
@@ -311,12 +312,14 @@ def _answer(c: Compression, x: Tensor) -> Tensor:
 
 
 def _target(c: Compression, m: Moments, metric: Metric) -> Tensor:
-    """`Cov(y, x) Cov(x)^-1`, and in directions that were hardly seen the layer's own weight."""
+    """`Cov(y, x) Cov(x)^-1`, drawn towards the layer's own weight: most in directions that were hardly seen, and the
+    fewer vectors there were for each input, since errors of what is held out explode otherwise."""
     assert metric.inputs is not None
     own = lowered(c.read(), c.layer).double()
     cross, second = m.of_pairs(_moves_bias(c, m))
-    share = SHRINKAGE * second.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    found = metric.inputs.divide(cross + share * own)
+    mean = second.diagonal(dim1=1, dim2=2).mean(1)
+    share = DAMPING * second.shape[-1] / m.count
+    found = metric.inputs.raised(share * mean).divide(cross + ((share + SHRINKAGE) * mean)[:, None, None] * own)
     stored = found.mT if c.layer.kind == "conv_transpose" else found
     return stored.reshape(c.layer.stored_shape).to(c.read().dtype)
 

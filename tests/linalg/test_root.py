@@ -64,6 +64,9 @@ def test_parts(kind):
     close(blocks, torch.stack([matrix[:, 2:6, 2:6], matrix[:, 6:10, 6:10]], 1), scale)
     repeated = root.repeated(3).matrix
     close(repeated, torch.stack([torch.kron(m, torch.eye(3, dtype=torch.float64)) for m in matrix]), scale)
+    by = torch.tensor([0.3, 2.0], dtype=torch.float64)
+    raised = root.square.raised(by).matrix
+    close(raised, matrix + by[:, None, None] * torch.eye(N, dtype=torch.float64), scale)
     close(root.unsqueeze(1).matrix, matrix.unsqueeze(1), scale)
     close(root.unsqueeze(1).squeeze(1).matrix, matrix, scale)
     assert root.to(torch.device("cpu")).size == N

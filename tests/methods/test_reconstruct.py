@@ -2,6 +2,7 @@
 
 import copy
 
+import nets
 import numpy as np
 import pytest
 import torch
@@ -92,10 +93,12 @@ def fitted():
     net = Net()
     plan = make_plan(net, "svd", FixedRank(2), ALL, record(net, data[0]))
     samples = Samples(data, places=None)
-    return {
-        mode: (net, plan, reconstruct(net, plan, plan.choose_ranks(), samples, mode), data)
-        for mode in ("outputs", "asymmetric")
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lowrank_pl.methods.reconstruct.DAMPING", 0.0)
+        return {
+            mode: (net, plan, reconstruct(net, plan, plan.choose_ranks(), samples, mode), data)
+            for mode in ("outputs", "asymmetric")
+        }
 
 
 @pytest.mark.parametrize("mode", ["outputs", "asymmetric"])
@@ -225,3 +228,18 @@ def test_metrics_are_made_once():
     assert collected.metrics(plan)["conv"] is not first["conv"]
     out = compress(net, "svd", FixedRank(2), ALL, data=data, reconstruct="outputs")
     assert out(data[0]).shape == (12, 5)
+
+
+def test_few_samples_do_not_make_it_much_worse_than_outputs(monkeypatch):
+    """Of fewer vectors than inputs least squares fits anything, and errors of what is held out grow without bound."""
+    net, data = nets.Net(norm=True).eval(), list(nets.images(7)[0].split(4))
+    plan = make_plan(net, "svd", RankFraction(0.4), ALL, record(net, data[0]))
+
+    def held_out(mode):
+        found = reconstruct(net, plan, plan.choose_ranks(), Samples(data), mode).responses
+        return max(each.held_out for each in found.values())
+
+    damped, outputs = held_out("asymmetric"), held_out("outputs")
+    monkeypatch.setattr("lowrank_pl.methods.reconstruct.DAMPING", 0.0)
+    assert damped < 5 * outputs
+    assert damped < 0.3 * held_out("asymmetric")
