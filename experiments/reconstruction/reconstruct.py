@@ -84,6 +84,7 @@ def main() -> None:
         found = run(cell, net.to(memory_format=torch.channels_last), images, tests, truth)
         done.append({key: str(value) for key, value in found.items()})
         write(done)
+    fill(done)
 
 
 def run(cell: Cell, net: nn.Module, images: Tensor, tests: Tensor, truth: Tensor) -> dict[str, object]:
@@ -138,6 +139,37 @@ def write(rows: list[dict[str, str]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def fill(rows: list[dict[str, str]]) -> None:
+    """The tables of the README beside this file."""
+    kinds = ("weights", "inputs", "outputs", "asymmetric", "nonlinear")
+    names = {"uniform": "uniform ranks", "macs": "chosen ranks", "params": "chosen ranks, of the parameters"}
+    groups: dict[tuple[str, str, str, str], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["depth"], row["images"], row["ranks"], row["share"]), {})[row["row"]] = row
+    lines = [f"| network, images | ranks | MACs | params | {' | '.join(kinds)} |", f"|---|---|{'---:|' * 7}"]
+    of_errors = ["| images | row | error on them | on others | accuracy |", "|---:|---|---:|---:|---:|"]
+    for (depth, images, ranks, share), cells in sorted(groups.items(), key=lambda item: (int(item[0][0]), item[0][2:])):
+        if int(depth) == 20 and ranks == "uniform" and share == "0.5":
+            of_errors += [
+                f"| {images} | {kind} | {100 * float(cells[kind]['error']):.1f} % | "
+                f"{100 * float(cells[kind]['error_held_out']):.1f} % | {cells[kind]['accuracy']} |"
+                for kind in ("outputs", "asymmetric")
+                if kind in cells
+            ]
+            if images != "3000":
+                continue
+        last = list(cells.values())[-1]
+        answers = [f"{cells[k]['accuracy']} ({cells[k]['accuracy_bn']})" if k in cells else "" for k in kinds]
+        shares = [f"{100 * float(last[key]):.0f} %" for key in ("macs_share", "params_share")]
+        first = f"ResNet-{depth}, {int(images):,}"
+        lines.append(f"| {first} | {names[ranks]} {share} | {' | '.join([*shares, *answers])} |")
+    readme = (HERE / "README.md").read_text()
+    before, rest = readme.split("<!-- table -->")
+    words = "How far errors on the samples are from those on others (means over layers, uniform ranks at 0.5):"
+    parts = ["<!-- table -->", *lines, "", words, "", *of_errors]
+    (HERE / "README.md").write_text(before + "\n".join(parts) + "\n<!-- end -->" + rest.split("<!-- end -->")[1])
 
 
 if __name__ == "__main__":
