@@ -142,6 +142,8 @@ def reconstruct(
       what has been `collected`, or of a pass over the samples.
     - `"asymmetric"`: layer by layer in the order of running, from the inputs that the network compressed so far gives
       to the outputs of the dense one. In residual networks the inputs of both branches are those.
+    - `"nonlinear"`: from there on, to what comes of the outputs behind batch norm and the activation that follow (see
+      `lowrank_pl.methods.nonlinear`).
     """
     if mode == "outputs":
         return _outputs(plan, choices, collected or collect(model, plan.compressions, samples))
