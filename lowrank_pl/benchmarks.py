@@ -129,7 +129,7 @@ def c_step_vgg16(repeats: int) -> Result:
 
 
 def moments_resnet20(repeats: int, count: int = 3000, batch: int = 128) -> Result:
-    """Second moments of what all targets of ResNet-20 are given, 10 places of each image, against running it on them."""
+    """Second moments of what all targets of ResNet-20 are given, at 10 places of each image, against running it."""
     net, images = CifarResNet(depth=20).eval(), list(torch.randn(count, 3, 32, 32).split(batch))
     compressions, samples = make_plan(net, "svd").compressions, Samples(images)
 

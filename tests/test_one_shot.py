@@ -182,7 +182,7 @@ def test_an_error_in_the_middle_leaves_everything_alone(mode):
 
 def test_missing_and_unknown_arguments():
     net = Net()
-    with pytest.raises(ValueError, match="Expected argument `data`, a loader .* beside reconstruct='outputs'"):
+    with pytest.raises(ValueError, match=r"Expected argument `data`, a loader .* beside reconstruct='outputs'"):
         compress(net, "svd", reconstruct="outputs")
     with pytest.raises(ValueError, match="beside metric='inputs' and recalibrate_bn=True"):
         compress(net, "svd", metric="inputs", recalibrate_bn=True)
