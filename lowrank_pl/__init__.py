@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers; below the same by name
     from lowrank_pl.adapters import Adapter, Experts, LinearMap, ReshapedParameters, register_adapter
-    from lowrank_pl.callbacks import DeepTwist, ExtractStructure, LearningCompression, LStep, MuSchedule
+    from lowrank_pl.callbacks import DeepTwist, ExtractStructure, LearningCompression, LStep, MuSchedule, TrainingMetric
     from lowrank_pl.costs import Latency, Macs, Params
     from lowrank_pl.decompositions import SVD, BlockSVD, Cheapest, FirstOf, SpatialSVD, TiledSVD, Tucker2
     from lowrank_pl.layer_spec import LayerSpec
@@ -33,7 +33,14 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
 
 _HOMES = {
     "lowrank_pl.adapters": ("Adapter", "Experts", "LinearMap", "ReshapedParameters", "register_adapter"),
-    "lowrank_pl.callbacks": ("DeepTwist", "ExtractStructure", "LearningCompression", "LStep", "MuSchedule"),
+    "lowrank_pl.callbacks": (
+        "DeepTwist",
+        "ExtractStructure",
+        "LearningCompression",
+        "LStep",
+        "MuSchedule",
+        "TrainingMetric",
+    ),
     "lowrank_pl.planning": ("make_plan",),
     "lowrank_pl.one_shot": ("compress",),
     "lowrank_pl.samples": ("Samples",),
@@ -92,6 +99,7 @@ __all__ = [
     "SpatialSVD",
     "Targets",
     "TiledSVD",
+    "TrainingMetric",
     "Tucker2",
     "__version__",
     "compress",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lowrank_pl.callbacks import DeepTwist, LearningCompression
+from lowrank_pl.callbacks.training_metric import MetricChoice
 from lowrank_pl.compression import Plan
 from lowrank_pl.data import EpochSampler, ImageSet
 from lowrank_pl.files import write_files
@@ -65,6 +66,21 @@ def fit_overhead(repeats: int, S_D: int = 200, batch: int = 128) -> Result:
 
     plain, with_callback = _in_turns([lambda: seconds([]), lambda: seconds([DeepTwist(S_D=S_D)])], repeats)
     return _result("fit with DeepTwist / plain fit, ResNet-32", ("plain", "DeepTwist"), plain, with_callback, "<= 1.02")
+
+
+def metric_overhead(repeats: int, S_D: int = 200, batch: int = 128) -> Result:
+    """A fit of S_D steps with `DeepTwist(S_D, metric="inputs")`, one distortion, against one in Frobenius norm;
+    ResNet-20, CIFAR shapes."""
+    images = _images(S_D * batch, (3, 32, 32), batch)
+
+    def seconds(metric: MetricChoice) -> float:
+        clock = _Clock()
+        _trainer(S_D, [DeepTwist(S_D, "svd", metric=metric), clock]).fit(_classifier(CifarResNet(depth=20)), images)
+        return clock.seconds
+
+    ways, names = [lambda: seconds("weights"), lambda: seconds("inputs")], ("weights", "inputs")
+    plain, in_metric = _in_turns(ways, repeats)
+    return _result("fit in the metric of inputs / in Frobenius norm, ResNet-20", names, plain, in_metric, "<= 1.05")
 
 
 def projection_resnet32(repeats: int) -> Result:
@@ -129,7 +145,7 @@ def c_step_vgg16(repeats: int) -> Result:
 
 
 def moments_resnet20(repeats: int, count: int = 3000, batch: int = 128) -> Result:
-    """Second moments of what all targets of ResNet-20 are given, at 10 places of each image, against running it."""
+    """Second moments of what all targets of ResNet-20 are given, 10 places of each image, against running it."""
     net, images = CifarResNet(depth=20).eval(), list(torch.randn(count, 3, 32, 32).split(batch))
     compressions, samples = make_plan(net, "svd").compressions, Samples(images)
 
@@ -153,6 +169,7 @@ ALL: dict[str, Callable[[int], Result]] = {
     function.__name__: function
     for function in (
         fit_overhead,
+        metric_overhead,
         projection_resnet32,
         projection_vgg16,
         throughput_lenet5,

@@ -183,17 +183,17 @@ class Plan:
 
         With metrics, errors of layers are made comparable, since those of late layers are small by nature: each counts
         in proportion to the layer's squared norm, or, where gradients say already what an error does to the loss, to
-        its root, between absolute and relative errors. Targets without a metric of their own keep to Frobenius norm.
+        its root, between absolute and relative errors (times the mean of these roots, so that the unit of gradients has
+        no effect). Targets without a metric of their own keep to Frobenius norm.
         """
         if metrics is None:
             return {c.name: c.problem() for c in self.compressions}
-        problems = {}
-        for c in self.compressions:
-            problem = c.problem(metric=metrics.get(c.name))
-            energy = problem.squared_norm(problem.weight)
-            with_gradients = problem.metric is not None and problem.metric.outputs is not None
-            problems[c.name] = replace(problem, cost_weight=energy**0.5 if with_gradients else energy)
-        return problems
+        problems = {c.name: c.problem(metric=metrics.get(c.name)) for c in self.compressions}
+        energies = {name: problem.squared_norm(problem.weight) for name, problem in problems.items()}
+        with_gradients = {name for name, p in problems.items() if p.metric is not None and p.metric.outputs is not None}
+        mean = sum(energies[name] ** 0.5 for name in with_gradients) / max(len(with_gradients), 1)
+        weights = {name: e**0.5 * mean if name in with_gradients else e for name, e in energies.items()}
+        return {name: replace(problem, cost_weight=weights[name]) for name, problem in problems.items()}
 
     def choose_ranks(self, problems: Mapping[str, RankProblem] | None = None) -> dict[str, Choice]:
         """Every target's structure and rank, from the weights as they are now; each rule is asked once.

@@ -107,7 +107,8 @@ def _earlier(model: nn.Module) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"layers": {}, "notes": {}}
     for start, module in model.named_modules():
         for key, entries in getattr(module, RECORD, {}).items():
-            found[key] |= {f"{start}.{name}".strip("."): value for name, value in entries.items()}
+            own = {f"{start}.{name}".strip("."): value for name, value in entries.items()}
+            found[key] = found.get(key, {}) | own
     return found
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import final
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import as_operator
-from lowrank_pl.linalg import Root
+from lowrank_pl.layers import as_operator, as_stored
+from lowrank_pl.linalg import Root, product_dtype
 
 
 @final
@@ -22,12 +23,18 @@ class Metric:
     `inputs` is the root of `A = E[x x^T]`, `[groups, columns, columns]`, of what the layer's matrices are applied to:
     patches `[S / groups, *kernel]` of a convolution's input, vectors `[S / groups]` of a linear layer's and of a
     transposed convolution's, whose matrices give patches of the output. `outputs` is that of `B = E[g g^T]`,
-    `[groups, T / groups, T / groups]`, of the gradients at its outputs. None stands for 1.
+    `[groups, T / groups, T / groups]`, of the gradients at its outputs. None stands for 1. `sweeps` says how often
+    all factors of a structure without a closed form are refitted in turn.
     """
 
     layer: LayerSpec
     inputs: Root | None = None
     outputs: Root | None = None
+    sweeps: int = 0
+    # B and A as `times` has used them, by type and device
+    _matrices: dict[tuple[torch.dtype, torch.device], list[Tensor | None]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         layer = self.layer.with_(inputs=(), share=1.0)
@@ -80,13 +87,52 @@ class Metric:
 
     def times(self, weight: Tensor) -> Tensor:
         """`B W A`: half of the gradient of the squared norm, as PyTorch stores the weight."""
-        wide = weight.detach().double().requires_grad_()
-        with torch.enable_grad():
-            white = self.whiten(grouped(wide, self.layer))
-            if self.outputs is not None:
-                white = self.outputs.to(white.device).times(white.mT)
-            (gradient,) = torch.autograd.grad(white.square().sum() / 2, wide)
-        return gradient.to(weight.dtype)
+        wide = weight.detach().to(product_dtype(weight.dtype, weight.device))
+        key = (wide.dtype, wide.device)
+        if key not in self._matrices:  # kept: a penalty is asked for at every step of a training
+            roots = (self.outputs, self.inputs)
+            self._matrices[key] = [None if r is None else _matrix_of(r).to(wide.device, wide.dtype) for r in roots]
+        b, a = self._matrices[key]
+        operator = grouped(wide, self.layer)  # [groups, T / groups, S / groups, *kernel]
+        product = operator.flatten(2)
+        if a is not None and self.layer.kind == "conv_transpose":  # the same at every place of the kernel
+            places = operator.reshape(*operator.shape[:3], -1).transpose(2, 3)
+            product = _in(places, a.unsqueeze(1)).transpose(2, 3).flatten(2)
+        elif a is not None:
+            product = _in(product, a)
+        if b is not None:
+            product = _in(product.mT, b).mT
+        return as_stored(product.reshape(operator.shape).flatten(0, 1), self.layer).to(weight.dtype)
+
+    @property
+    def largest(self) -> float:
+        """The largest eigenvalue of its quadratic form: how stiff a penalty in this metric is."""
+        return math.prod(root.largest for root in (self.inputs, self.outputs) if root is not None)
+
+    def normalized(self, shrinkage: float) -> Metric:
+        """With A and B of mean eigenvalue 1 in every group, after so much of the mean has been added to all."""
+        roots = [None if root is None else root.normalized(shrinkage) for root in (self.inputs, self.outputs)]
+        return Metric(self.layer, roots[0], roots[1], self.sweeps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors."""
+        return {name: root and vars(root).copy() for name, root in (("inputs", self.inputs), ("outputs", self.outputs))}
+
+    @classmethod
+    def from_state_dict(cls, layer: LayerSpec, state: Mapping[str, Any], device: torch.device) -> Metric:
+        """The inverse of `state_dict`. Raises `ValueError` for the moments of another layer."""
+        inputs, outputs = (state[key] and Root(**state[key]).to(device) for key in ("inputs", "outputs"))
+        return cls(layer, inputs, outputs)
+
+
+def _matrix_of(root: Root) -> Tensor:
+    """The diagonal alone of a diagonal one."""
+    return root.factor.square() if root.is_diagonal else root.matrix
+
+
+def _in(matrices: Tensor, a: Tensor) -> Tensor:
+    """`M A`; of a diagonal A its diagonal, with an axis less."""
+    return matrices * a.unsqueeze(-2) if a.dim() < matrices.dim() else matrices @ a
 
 
 def grouped(weight: Tensor, layer: LayerSpec) -> Tensor:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -145,26 +146,44 @@ class Moments:
 
 
 @contextmanager
-def listening(model: nn.Module, names: Collection[str], hear: Hear) -> Iterator[None]:
-    """For as long as it lasts, what these linear maps are applied to is heard, call by call, before they run."""
+def listening(
+    model: nn.Module, names: Collection[str], hear: Hear, hear_gradient: Hear | None = None
+) -> Iterator[None]:
+    """For as long as it lasts, what these linear maps are applied to is heard, call by call, before they run; of those
+    that are modules of their own also the gradients at their outputs, while a backward pass runs.
+
+    Nothing is heard where nobody knows what a map is applied to, nor of calls that an activation checkpoint repeats.
+    """
     owners: dict[nn.Module, dict[str, LinearMap]] = {}
     for name, each in find_maps(model).items():
         if name in names:
             owners.setdefault(each.module, {})[each.key] = each
-
-    def hook(maps: dict[str, LinearMap]) -> Callable[..., None]:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            adapter = next(iter(maps.values())).adapter
-            for key, x in (adapter.applied_to(module, maps, args, kwargs) or {}).items():
-                if key in maps and x.numel():
-                    hear(maps[key].name, maps[key], x)
-
-        return before
-
     with ExitStack() as stack:
         for owner, maps in owners.items():
-            stack.callback(owner.register_forward_pre_hook(hook(maps), with_kwargs=True).remove)
+            before = partial(_hear_inputs, maps, hear)
+            stack.callback(owner.register_forward_pre_hook(before, with_kwargs=True).remove)
+            if hear_gradient is not None and "" in maps:
+                after = partial(_await_gradient, maps[""], hear_gradient)
+                stack.callback(owner.register_forward_hook(after).remove)
         yield
+
+
+def _hear_inputs(
+    maps: Mapping[str, LinearMap], hear: Hear, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if torch._C._current_graph_task_id() != -1:  # in a backward pass
+        return
+    adapter = next(iter(maps.values())).adapter
+    with torch.no_grad(), torch.random.fork_rng():  # it may run the module again, with its dropout
+        found = adapter.applied_to(module, maps, args, kwargs) or {}
+    for key, x in found.items():
+        if key in maps and x.numel():
+            hear(maps[key].name, maps[key], x)
+
+
+def _await_gradient(each: LinearMap, hear: Hear, module: nn.Module, args: Any, output: Any) -> None:
+    if isinstance(output, Tensor) and output.requires_grad and output.numel():
+        output.register_hook(partial(hear, each.name, each))
 
 
 def warn_of_few(moments: Mapping[str, Moments]) -> None:

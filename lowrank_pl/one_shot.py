@@ -10,7 +10,10 @@ from torch import nn
 
 from lowrank_pl.adapters import find_maps
 from lowrank_pl.checks import check_among
+from lowrank_pl.compression import Plan
+from lowrank_pl.decompositions import Choice
 from lowrank_pl.extraction import RECORD, difference, extract
+from lowrank_pl.methods.gradients import check_loss, with_gradients
 from lowrank_pl.methods.reconstruct import (
     Fitted,
     Mode,
@@ -27,9 +30,9 @@ from lowrank_pl.samples import Samples
 from lowrank_pl.structures import Structure
 from lowrank_pl.surgery import detached_copy
 from lowrank_pl.targets import Targets
-from lowrank_pl.tracing import count_inputs, record
+from lowrank_pl.tracing import Trace, count_inputs, record
 
-MetricName: TypeAlias = Literal["weights", "inputs"]
+MetricName: TypeAlias = Literal["weights", "inputs", "inputs_and_gradients"]
 
 
 def compress(
@@ -54,7 +57,8 @@ def compress(
 
     `data`, a loader or a list of batches without or with labels, or `Samples(loader, ...)`, makes it look at what flows
     through the layers; its first batch serves as `example_input`. Ranks and factors are then nearest in the sense of
-    the layers' inputs, `metric="inputs"`, or of the weights. With `reconstruct` factors and biases are fitted to the
+    the layers' inputs, `metric="inputs"`, also of the gradients of a loss at their outputs, `"inputs_and_gradients"`
+    (with `Samples(loader, loss=...)`), or of the weights. With `reconstruct` factors and biases are fitted to the
     outputs of the dense network (see `lowrank_pl.methods.reconstruct`): `"outputs"`, on its own inputs; `"asymmetric"`,
     on those that the network compressed so far makes, a pass over the data for each layer; `metric` is that of the
     ranks alone then. With `recalibrate_bn` batch norms are re-estimated over the data afterwards. How far outputs are
@@ -67,28 +71,18 @@ def compress(
     if samples is not None and example_input is None and isinstance(model, nn.Module):
         example_input = first_call(model, samples)
     batch = None if example_input is None else count_inputs(example_input, batch_size)
-    try:
-        trace = None if example_input is None else record(model, example_input, batch, training=True)
-    except Exception as error:
-        given, hint = "argument `example_input`" if own_input else "the first batch of `data`", ""
-        if not own_input and samples is not None and samples.forward is None:
-            hint = ": give Samples(loader, forward=lambda model, batch: ...) to say how it is called"
-        raise ValueError(f"The model does not run on {given} ({type(error).__name__}: {error}){hint}") from error
+    trace = None if example_input is None else _record(model, example_input, batch, None if own_input else samples)
     plan = make_plan(model, method, rank, targets, trace)
     if not plan.compressions and isinstance(rank, (CostBudget, GreedyEnergy)):
         words = "; ".join(dict.fromkeys(plan.dense.values())) or "it has no linear layer or convolution"
         raise ValueError(f"A budget of {rank.ratio:g} cannot be reached: no layer takes part ({words})")
-    collected = None if samples is None else collect(model, plan.compressions, samples)
-    seen = None if collected is None or metric == "weights" else collected.metrics(plan, reconstruct is not None)
-    problems = plan.problems(seen)
-    choices = plan.choose_ranks(problems)
-    notes = {c.name: c.note(choices[c.name]) for c in plan.compressions}
-    if samples is None or collected is None:
+    if samples is None:
+        problems = plan.problems()
+        choices = plan.choose_ranks(problems)
         fitted = Fitted(plan.factor(choices, problems), {})
-    elif reconstruct is None:
-        fitted = with_responses(plan, plan.factor(choices, problems), collected)
     else:
-        fitted = fit(model, plan, choices, samples, reconstruct, collected)
+        choices, fitted = _fit(model, plan, samples, reconstruct, metric or "inputs")
+    notes = {c.name: c.note(choices[c.name]) for c in plan.compressions}
     extracted = extract(model, plan, fitted.structures, notes, trace)
     getattr(extracted, RECORD)["responses"] = {name: asdict(each) for name, each in fitted.responses.items()}
     if example_input is not None:
@@ -100,6 +94,32 @@ def compress(
     return extracted
 
 
+def _fit(
+    model: nn.Module, plan: Plan, samples: Samples, reconstruct: Mode | None, metric: MetricName
+) -> tuple[dict[str, Choice], Fitted]:
+    """Ranks and factors by the data."""
+    collected = collect(model, plan.compressions, samples)
+    metrics = None if metric == "weights" else collected.metrics(plan, reconstruct is not None)
+    if metric == "inputs_and_gradients" and metrics is not None:
+        metrics = with_gradients(metrics, model, plan.compressions, samples)
+    problems = plan.problems(metrics)
+    choices = plan.choose_ranks(problems)
+    if reconstruct is None:
+        return choices, with_responses(plan, plan.factor(choices, problems), collected)
+    return choices, fit(model, plan, choices, samples, reconstruct, collected)
+
+
+def _record(model: nn.Module, example_input: Any, batch: int | None, samples: Samples | None) -> Trace:
+    """What the example shows, which is the samples' first batch where these are given."""
+    try:
+        return record(model, example_input, batch, training=True)
+    except Exception as error:
+        given, hint = "argument `example_input`" if samples is None else "the first batch of `data`", ""
+        if samples is not None and samples.forward is None:
+            hint = ": give Samples(loader, forward=lambda model, batch: ...) to say how it is called"
+        raise ValueError(f"The model does not run on {given} ({type(error).__name__}: {error}){hint}") from error
+
+
 def _samples(
     data: Iterable[Any] | Samples | None, reconstruct: str | None, metric: str | None, recalibrate_bn: bool
 ) -> Samples | None:
@@ -108,8 +128,13 @@ def _samples(
     if metric is not None:
         check_among("metric", metric, get_args(MetricName))
     if data is not None:
-        return Samples.of(data)
-    asked = [f"reconstruct={reconstruct!r}"] * (reconstruct is not None) + ["metric='inputs'"] * (metric == "inputs")
+        samples = Samples.of(data)
+        if metric == "inputs_and_gradients":
+            check_loss(samples)
+        return samples
+    asked = [f"reconstruct={reconstruct!r}"] * (reconstruct is not None) + [f"metric={metric!r}"] * (
+        metric not in (None, "weights")
+    )
     asked += ["recalibrate_bn=True"] * recalibrate_bn
     if asked:
         raise ValueError(f"Expected argument `data`, a loader or a list of batches, beside {' and '.join(asked)}")

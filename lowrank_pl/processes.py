@@ -59,3 +59,11 @@ def equalize_(tensors: Iterable[Tensor]) -> None:
     if is_parallel():
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)
+
+
+@torch.no_grad()
+def add_up_(tensors: Iterable[Tensor]) -> None:
+    """Their sums over all processes, in place; the same bits in all of them."""
+    if is_parallel():
+        for tensor in tensors:
+            dist.all_reduce(tensor.detach())

@@ -19,20 +19,21 @@ LEVELS = [
     {"checksums", "curves", "run_files"},
     # 1: one weight
     {"layers"},
+    {"metric"},
     {"structures"},
     {"decompositions"},
     {"costs"},
     {"ranks"},
     # 2: one network
     {"adapters"},
-    {"surgery"},
+    {"surgery", "moments"},
     {"tracing"},
-    {"targets"},
+    {"targets", "samples"},
     {"compression"},
     # 3: methods, no trainer
     {"planning", "methods"},
     {"extraction"},
-    {"storage", "report", "exporting", "product_decay"},
+    {"one_shot", "storage", "report", "exporting", "product_decay"},
     {"evaluation"},
     # 4: Lightning
     {"module", "models", "data", "schedules", "figures"},

@@ -15,7 +15,18 @@ from rich.console import Console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_pl import BlockSVD, FixedRank, SpatialSVD, Targets, TiledSVD, Tucker2, compress, make_plan, summarize
+from lowrank_pl import (
+    BlockSVD,
+    FixedRank,
+    RankFraction,
+    SpatialSVD,
+    Targets,
+    TiledSVD,
+    Tucker2,
+    compress,
+    make_plan,
+    summarize,
+)
 from lowrank_pl.adapters import find_maps
 from lowrank_pl.evaluation import evaluate
 from lowrank_pl.report import median_ms, print_plan
@@ -369,3 +380,16 @@ def test_networks_in_the_wrong_order():
         summarize(compress(net, "svd", RANK), net, X)
     with pytest.raises(TypeError, match="`compressed` to be a module"):
         summarize(net, 3, X)
+
+
+def test_a_network_compressed_twice_has_the_response_errors_of_the_second_time():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    x = torch.randn(40, 8)
+    both = [Targets(["0"], skip_last=False), Targets(["1"], skip_last=False)]
+    once = compress(net, "svd", RankFraction(0.25), both[0], data=[x])
+    (first, other) = summarize(net, once, x, latency=False).layers
+    assert other.response is None
+    assert first.response == once.lowrank_pl_record["responses"]["0"]["fitted"]  # nothing was held back
+    twice = compress(once, "svd", RankFraction(0.25), both[1], data=[x])
+    assert list(twice.lowrank_pl_record["responses"]) == ["1"]
+    assert [layer.structure == "dense" for layer in summarize(net, twice, x, latency=False).layers] == [False, False]

@@ -5,5 +5,14 @@ from lowrank_pl.callbacks.deeptwist import DeepTwist
 from lowrank_pl.callbacks.extract_structure import ExtractStructure
 from lowrank_pl.callbacks.lc_settings import LStep, MuSchedule
 from lowrank_pl.callbacks.learning_compression import LearningCompression
+from lowrank_pl.callbacks.training_metric import TrainingMetric
 
-__all__ = ["CompressionCallback", "DeepTwist", "ExtractStructure", "LStep", "LearningCompression", "MuSchedule"]
+__all__ = [
+    "CompressionCallback",
+    "DeepTwist",
+    "ExtractStructure",
+    "LStep",
+    "LearningCompression",
+    "MuSchedule",
+    "TrainingMetric",
+]

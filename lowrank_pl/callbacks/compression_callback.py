@@ -15,10 +15,12 @@ from lowrank_pl.adapters import obstacles
 from lowrank_pl.callbacks.listener import Listener
 from lowrank_pl.callbacks.quiet import batch_norms, check_copyable, recalibrate_batch_norms_
 from lowrank_pl.callbacks.swap import Swap
+from lowrank_pl.callbacks.training_metric import MetricChoice, MetricListener, TrainingMetric
 from lowrank_pl.checks import check_int
 from lowrank_pl.compression import Plan
 from lowrank_pl.decompositions import Candidates, Choice, FirstOf
 from lowrank_pl.methods import Distortion, distort_
+from lowrank_pl.metric import Metric
 from lowrank_pl.names import resolve
 from lowrank_pl.planning import DEFAULT_RANK, MethodChoice, RankChoice, make_plan
 from lowrank_pl.processes import equalize_
@@ -43,6 +45,7 @@ class CompressionCallback(pl.Callback, ABC):
         evaluate_distorted: bool,
         recalibrate_bn: int,
         batch_size: int | None = None,
+        metric: MetricChoice = "weights",
     ) -> None:
         rank = DEFAULT_RANK if rank is None else rank
         resolve(method, Candidates, "method", FirstOf)  # type: ignore[type-abstract]
@@ -63,7 +66,8 @@ class CompressionCallback(pl.Callback, ABC):
         self._restored = False
         self._module: pl.LightningModule | None = None
         self.batch_size = batch_size
-        self._listener, self._swap = Listener(batch_size), Swap()
+        self.metric = TrainingMetric.given_by(metric)
+        self._listener, self._heard, self._swap = Listener(batch_size), MetricListener(self.metric), Swap()
 
     @abstractmethod
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -87,6 +91,10 @@ class CompressionCallback(pl.Callback, ABC):
         """What the batches showed that were listened to."""
         return self._listener.trace
 
+    def metrics(self, plan: Plan) -> dict[str, Metric] | None:
+        """Of what the targets are given, as far as it has been heard; None where `metric` is `"weights"`."""
+        return self._heard.metrics(plan)
+
     # -- when ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -97,7 +105,8 @@ class CompressionCallback(pl.Callback, ABC):
         if stage == "fit":
             self._swap.reopen()  # another fit goes on from the training weights
             self.plan = self.distortion = None
-            self._listener, self._restored = Listener(self.batch_size), False
+            self._listener, self._heard = Listener(self.batch_size), MetricListener(self.metric)
+            self._restored = False
             self._joined, self._left, self._joins = set(), set(), True
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -123,6 +132,7 @@ class CompressionCallback(pl.Callback, ABC):
         if self.plan is not None and self.plan.has_thawed():
             self._make_plan(trainer, pl_module)
         self._listener.start(pl_module, batch)
+        self._heard.start(pl_module, self.plan, trainer.global_step, self._listener.is_listening)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -133,6 +143,7 @@ class CompressionCallback(pl.Callback, ABC):
 
     def finish_listening(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A batch has run that was listened to: make the plan."""
+        self._heard.stop()  # first: it began last, and both change how compiled code runs
         if self._listener.stop(pl_module):
             self._make_plan(trainer, pl_module)
 
@@ -144,6 +155,7 @@ class CompressionCallback(pl.Callback, ABC):
         self.close(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._heard.give_up()
         self._listener.give_up()
         self._swap.end_evaluation()
         if isinstance(exception, KeyboardInterrupt) and self.trace is not None:
@@ -162,6 +174,7 @@ class CompressionCallback(pl.Callback, ABC):
             self._meet_unknown(self.plan, self.loaded_ranks)
         self.plan.leave_dense(self._left, "dense before the fit went on from a checkpoint")
         self._joined |= {c.name for c in self.plan.compressions}
+        self._heard.keep(self.plan)
         for c in self.plan.compressions:
             dtype = c.read().dtype
             if dtype not in (torch.float32, torch.float64):
@@ -206,7 +219,7 @@ class CompressionCallback(pl.Callback, ABC):
         plan = self._plan(trainer, pl_module)
         with torch.inference_mode(False):
             plan.check_finite()  # on every process, so that all raise together
-            given = None if choices is None else distort_(plan, choices)
+            given = None if choices is None else distort_(plan, choices, metrics=self.metrics(plan))
             distortion = given or self.project(trainer, plan, occasion)
             equalize_(plan.parameters)
         self.distortion = distortion
@@ -273,11 +286,12 @@ class CompressionCallback(pl.Callback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         return {"last_step": self.last_step, "trace": self._listener.state_dict(), "joined": sorted(self._joined),
-                "left": sorted(self._left)}  # fmt: skip
+                "left": sorted(self._left), "moments": self._heard.state_dict()}  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.last_step, self._restored = state_dict["last_step"], True
         self._listener.load_state_dict(state_dict["trace"])
+        self._heard.load_state_dict(state_dict.get("moments"))
         self._joins = "joined" in state_dict  # not before 0.2
         self._joined, self._left = set(state_dict.get("joined", ())), set(state_dict.get("left", ()))
 

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 
 from lowrank_pl.callbacks.compression_callback import CompressionCallback, Occasion, rank_metrics
 from lowrank_pl.callbacks.quiet import quiet_copy, training_loss
+from lowrank_pl.callbacks.training_metric import MetricChoice
 from lowrank_pl.checks import check_int
 from lowrank_pl.compression import Plan
 from lowrank_pl.decompositions import Choice
@@ -45,6 +46,9 @@ class DeepTwist(CompressionCallback):
         recalibrate_bn: re-estimate batch norm statistics over so many training batches after the last distortion.
         batch_size: inputs in a batch, where its tensors do not tell (lists of images, sequence first); for costs and
             reports for one input.
+        metric: in which sense projections are nearest: `"weights"` (Frobenius norm), `"inputs"` (what the layer answers
+            on what it is given in training), `"inputs_and_gradients"` (and as the loss's gradients weigh it), or a
+            `TrainingMetric`. Layers whose inputs nobody sees keep to Frobenius norm.
         monitor_loss: log the loss of the current batch before and after each distortion (two extra forward passes).
 
     Logs `lowrank/delta_w`, `||w - w~||_F^2 / N(w)` over all targets, at every distortion, and with `monitor_loss`
@@ -62,8 +66,9 @@ class DeepTwist(CompressionCallback):
         monitor_loss: bool = False,
         choose_at: int = 0,
         batch_size: int | None = None,
+        metric: MetricChoice = "weights",
     ) -> None:
-        super().__init__(method, rank, targets, evaluate_distorted, recalibrate_bn, batch_size)
+        super().__init__(method, rank, targets, evaluate_distorted, recalibrate_bn, batch_size, metric)
         check_int("S_D", S_D, 1, "number of optimizer steps")
         check_int("choose_at", choose_at, 0, "number of optimizer steps")
         self.S_D, self.monitor_loss, self.choose_at = S_D, monitor_loss, choose_at
@@ -86,7 +91,7 @@ class DeepTwist(CompressionCallback):
             self.choices = None  # those of other layers
 
     def project(self, trainer: pl.Trainer, plan: Plan, occasion: Occasion) -> Distortion:
-        problems, choices = plan.problems(), self.choices or {}
+        problems, choices = plan.problems(self.metrics(plan)), self.choices or {}
         missing = any(c.name not in choices for c in plan.compressions)
         if missing and occasion == "evaluation":  # as it would be deployed now; nothing is settled yet
             choices = self._chosen(plan, problems)
@@ -152,7 +157,8 @@ class DeepTwist(CompressionCallback):
     @property
     def _asked(self) -> str:
         """What ranks are chosen by."""
-        return same_words(f"method={self.method!r}, rank={self.rank!r}, targets={self.targets!r}")
+        metric = "" if self.metric is None else f", metric={self.metric!r}"  # older checkpoints do not say
+        return same_words(f"method={self.method!r}, rank={self.rank!r}, targets={self.targets!r}{metric}")
 
 
 def _restored(plan: Plan, ranks: Mapping[str, list[int] | None]) -> dict[str, Choice]:

@@ -59,7 +59,7 @@ def warn_of_zeros(plan: Plan, rule: CostPenalty | CostBudget, state: LCState, mu
     factorized = [c for c in plan.compressions if state.choices[c.name] not in (ZERO, DENSE)]
     if factorized or not zero or not isinstance(rule, CostPenalty):
         return
-    some, every = least_mu(Plan(zero, {}, {}), rule, state.scales)
+    some, every = least_mu(Plan(zero, {}, {}), rule, state.scales, state.metrics)
     but = "" if len(zero) == len(plan.compressions) else " that does not stay dense"
     warnings.warn(
         f"Every layer{but} has rank 0 at mu0 = {mu0:g}: lambda_ = {rule.lambda_:g} outweighs all "
@@ -82,12 +82,15 @@ def warn_of_dense(plan: Plan, rule: CostPenalty | CostBudget, state: LCState, mu
     )
 
 
-def warn_of_learning_rate(trainer: pl.Trainer, mu: float) -> bool:
-    """Whether it had to be said that gradient descent on the penalty will diverge."""
-    ratio = max((stability(o, mu) for o in trainer.optimizers if isinstance(o, SGD)), default=0.0)
+def warn_of_learning_rate(trainer: pl.Trainer, state: LCState) -> bool:
+    """Whether it had to be said that gradient descent on the penalty will diverge. In a metric this is as stiff as its
+    largest eigenvalue is."""
+    mu, stiff = state.mu, max([1.0, *(metric.largest for metric in state.metrics.values())])
+    ratio = max((stability(o, mu * stiff) for o in trainer.optimizers if isinstance(o, SGD)), default=0.0)
     if ratio > 0.8:
+        beside = f" and the metric's largest eigenvalue, {stiff:.3g}," if state.metrics else ""
         warnings.warn(
-            f"The learning rate times mu = {mu:.3g} is {ratio:.2f} of what gradient descent on the "
+            f"The learning rate times mu = {mu:.3g}{beside} is {ratio:.2f} of what gradient descent on the "
             "penalty is stable at: lower the learning rate (`lr_decay`), `growth` or `steps`",
             stacklevel=2,
         )

@@ -24,6 +24,7 @@ from lowrank_pl.callbacks.lc_warnings import (
     warn_of_zeros,
 )
 from lowrank_pl.callbacks.learning_rate import clear_momentum_, start_l_step_
+from lowrank_pl.callbacks.training_metric import MetricChoice
 from lowrank_pl.compression import Plan, write_weights_
 from lowrank_pl.costs import Cost, Latency, resolve_cost
 from lowrank_pl.decompositions import DENSE
@@ -68,6 +69,11 @@ class LearningCompression(CompressionCallback):
         recalibrate_bn: re-estimate batch norm statistics over so many training batches at the end.
         batch_size: inputs in a batch, where its tensors do not tell (lists of images, sequence first); for costs and
             reports for one input.
+        metric: in which sense all norms above are meant: `"weights"` (Frobenius), `"inputs"` (what the layer answers on
+            what it is given in training), `"inputs_and_gradients"` (and as the loss's gradients weigh it), or a
+            `TrainingMetric`; of mean eigenvalue 1, and the same from one C step to the next. The penalty is as stiff as
+            the largest eigenvalue, often above 100, and asks for a smaller mu or learning rate where that is too stiff.
+            Layers whose inputs nobody sees keep to Frobenius norm.
 
     Logs, under `lowrank/`, at every C step: `mu`, `gap`, `penalty`, `cost` (`lambda C(r)`), `lambda`,
     `lagrangian_before` and `lagrangian_after` (without the training loss, which a C step does not change), and
@@ -89,6 +95,7 @@ class LearningCompression(CompressionCallback):
         recalibrate_bn: int = 0,
         most: Caps = None,
         batch_size: int | None = None,
+        metric: MetricChoice = "weights",
         **settings: Unpack[LCSettings],
     ) -> None:
         if (lambda_ is None) == (budget is None):
@@ -104,7 +111,7 @@ class LearningCompression(CompressionCallback):
                 "Expected argument `most` beside `lambda_` only: a budget has its own, CostBudget(most=...)"
             )
         self.rule = CostPenalty(lambda_, cost, most) if budget is None else budget  # type: ignore[arg-type]
-        super().__init__(method, self.rule, targets, evaluate_distorted, recalibrate_bn, batch_size)
+        super().__init__(method, self.rule, targets, evaluate_distorted, recalibrate_bn, batch_size, metric)
         self.schedule, self.l_step = schedule_and_l_step(schedule, l_step, settings)
         self.normalize = normalize
         self.state: LCState | None = None
@@ -201,7 +208,7 @@ class LearningCompression(CompressionCallback):
             if trainer.is_global_zero and j > 0:
                 print_plan(plan.rows(self.state.choices), title="Low-rank structures after the last C step")
             return done
-        self._warned = self._warned or warn_of_learning_rate(trainer, self.state.mu)
+        self._warned = self._warned or warn_of_learning_rate(trainer, self.state)
         if j > 0:
             start_l_step_(trainer, self.l_step.lr_decay, self.l_step.restart_lr)
             if self.l_step.clear_momentum:
@@ -210,10 +217,11 @@ class LearningCompression(CompressionCallback):
 
     def _next_state(self, plan: Plan, mu: float, next_mu: float) -> tuple[LCState, CStep]:
         """The first process takes the C step, the others receive what came out."""
+        metrics = self.metrics(plan)
 
         def step() -> tuple[LCState, CStep]:
             augmented = self.l_step.penalty == "augmented"
-            return c_step(plan, self.rule, self.state, mu, next_mu, self.normalize, augmented, self._normed)
+            return c_step(plan, self.rule, self.state, mu, next_mu, self.normalize, augmented, self._normed, metrics)
 
         if not is_parallel():
             return step()
@@ -274,5 +282,9 @@ class LearningCompression(CompressionCallback):
     @property
     def _asked(self) -> str:
         """The problem that is solved."""
-        asked = {"rule": self.rule, "normalize": self.normalize, "penalty": self.l_step.penalty, "method": self.method}
+        asked: dict[str, object] = {
+            "rule": self.rule, "normalize": self.normalize, "penalty": self.l_step.penalty, "method": self.method
+        }  # fmt: skip
+        if self.metric is not None:  # older checkpoints do not say
+            asked["metric"] = self.metric
         return same_words(", ".join(f"{name}={value!r}" for name, value in asked.items()))

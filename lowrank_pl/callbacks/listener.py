@@ -23,6 +23,10 @@ class Listener:
         self._waiting = False  # for layers that have not run yet
         self._recorder: Recorder | None = None
 
+    @property
+    def is_listening(self) -> bool:
+        return self._recorder is not None
+
     def start(self, module: nn.Module, batch: Any) -> None:
         """Listen from now on, where nothing has been heard, or not all, or only what a checkpoint keeps, which has no
         samples. Raises `ValueError` where the batch's size cannot be told."""

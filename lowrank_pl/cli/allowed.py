@@ -19,8 +19,9 @@ _MODULES = (
 _EXACT = (
     "lowrank_pl.callbacks.deeptwist.DeepTwist",
     "lowrank_pl.callbacks.learning_compression.LearningCompression",
-    "lowrank_pl.extraction.compress",
     "lowrank_pl.models.torchvision_classifier.torchvision_classifier",
+    "lowrank_pl.one_shot.compress",
+    "lowrank_pl.runs.one_shot.OneShot",
     "lowrank_pl.schedules.constant",
     "lowrank_pl.schedules.cosine",
     "lowrank_pl.schedules.exponential",

@@ -19,7 +19,7 @@ from lowrank_pl.cli.configs import flat
 from lowrank_pl.models import load_weights
 from lowrank_pl.planning import make_plan
 from lowrank_pl.run_files import key_of
-from lowrank_pl.runs import Recipe, Training
+from lowrank_pl.runs import OneShot, Recipe, Training
 from lowrank_pl.targets import check_patterns
 
 
@@ -33,9 +33,9 @@ def build(config: DictConfig, references: str | Path | None) -> Recipe:
     net = make(config.model.net, input_shape=data.input_shape, num_classes=data.num_classes)
     if config.model.weights is not None:
         load_weights(net, config.model.weights)
-    compression = make(config.compression) or None
+    compression = _compression(config)
     reference = _training(config.reference) if config.model.weights is None else None
-    if reference is not None and not (reference.always or isinstance(compression, (LearningCompression, partial))):
+    if reference is not None and not (reference.always or isinstance(compression, (LearningCompression, OneShot))):
         reference = None
     _check_patterns(net, compression)
     return Recipe(
@@ -71,17 +71,26 @@ def check_parts(config: DictConfig) -> None:
             )
     make = partial(instantiate, _convert_="all")
     # the first four may be unused
-    made = [make(config.get(group)) for group in ("decomposition", "rank", "cost", "targets", "data", "compression")]
+    for group in ("decomposition", "rank", "cost", "targets", "data"):
+        make(config.get(group))
+    compression = _compression(config)
     trainer = make(config.trainer, logger=False, enable_checkpointing=False)
     is_endless = trainer.max_epochs == -1 and trainer.max_steps == -1
     for prefix in ("", "reference.", "finetune."):
-        has_length = (
-            bool(OmegaConf.select(config, f"{prefix}epochs")) if prefix else isinstance(made[-1], LearningCompression)
+        own = isinstance(compression, LearningCompression) or (
+            isinstance(compression, OneShot) and not compression.train
         )
+        has_length = bool(OmegaConf.select(config, f"{prefix}epochs")) if prefix else own
         _try_out(config, prefix, math.inf if is_endless and not has_length else 2)
 
 
-def _check_patterns(net: nn.Module, compression: Any) -> None:
+def _compression(config: DictConfig) -> CompressionCallback | OneShot | None:
+    """Up to 0.2, `compression=direct` was `compress` with its arguments."""
+    made = instantiate(config.compression, _convert_="all") or None
+    return OneShot(**made.keywords, train=True) if isinstance(made, partial) else made
+
+
+def _check_patterns(net: nn.Module, compression: CompressionCallback | OneShot | None) -> None:
     """Raise `ValueError` for names of layers that the network does not have."""
     module = nn.ModuleDict({"net": net})  # as in a `Classifier`
     try:
@@ -90,9 +99,8 @@ def _check_patterns(net: nn.Module, compression: Any) -> None:
             most = getattr(compression.rank, "most", None)
             patterns = [pattern for pattern, _ in most] if isinstance(most, tuple) else []
             check_patterns(patterns, find_maps(module), "most")
-        elif isinstance(compression, partial):
-            given = {key: value for key, value in compression.keywords.items() if key in ("method", "rank", "targets")}
-            make_plan(module, **given)
+        elif compression is not None:
+            make_plan(module, compression.method, compression.rank, compression.targets)
     except (ValueError, TypeError) as error:
         raise ValueError(f"`compression`: {error}") from error
 

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from lowrank_pl import schedules
 from lowrank_pl.cli.configs import close_to, options, shown
+from lowrank_pl.methods.reconstruct import Mode
 from lowrank_pl.runs import Training
 
 
@@ -67,7 +68,8 @@ _TOP = {
     **dict.fromkeys(
         ("data", "compression", "decomposition", "rank", "cost", "targets", "optimizer", "scheduler"), _Node
     ),
-    **dict.fromkeys(("trainer", "reference", "finetune", "logger", "paths"), _Node),
+    **dict.fromkeys(("trainer", "reference", "finetune", "logger", "paths", "reconstruct"), _Node),
+    "metric": Literal["weights", "inputs", "inputs_and_gradients"],
     "seed": _Seed,
     "channels_last": _Flag,
     "label_smoothing": _Share,
@@ -75,7 +77,9 @@ _TOP = {
     "checkpoint_every": _Natural | None,
     "report_train": _Flag,
 }
-_LATER = ("decomposition", "rank", "cost", "targets", "product_decay")  # which runs of version 0.1.0 need not have
+# which runs of versions 0.1.0 and 0.2.0 need not have
+_LATER = ("decomposition", "rank", "cost", "targets", "product_decay", "metric", "reconstruct")
+_RECONSTRUCT = {"mode": Mode | None, "samples": _Natural, "places": _Natural | None, "recalibrate_bn": _Flag}
 _NEEDED = ("model.net", "data", "optimizer", "scheduler", "trainer")  # groups that cannot be off
 _OFF = ("compression", "targets", "cost", "reference", "finetune", "logger")  # those that are empty where they are off
 
@@ -110,7 +114,10 @@ _STRICTER: dict[Any, dict[str, Any]] = {
     schedules.exponential: {"gamma": _Positive},
     schedules.step_decay: {"gamma": _Positive, "milestones": Annotated[list[_Number], AfterValidator(_growing)]},
 }
-_UNITS = {"checkpoint_every": "optimizer steps", "milestones": "epochs", "epochs": "epochs", "size": "pixels"}
+_UNITS = {
+    "checkpoint_every": "optimizer steps", "milestones": "epochs", "epochs": "epochs", "size": "pixels",
+    "samples": "images",
+}  # fmt: skip
 _LOGGERS = {
     "TensorBoardLogger": ("tensorboard", "tensorboardX"),
     "WandbLogger": ("wandb",),
@@ -130,6 +137,7 @@ def check_config(config: DictConfig) -> None:
     _check_values("", values, _TOP)
     _check_values("model.", values["model"], {"net": _Node, "weights": str | None})
     _check_values("paths.", values["paths"], {"data": str, "references": str | None})
+    _check_values("reconstruct.", values.get("reconstruct") or {}, _RECONSTRUCT)
     for name in _OFF:
         for key in values.get(name) or () if "_target_" not in (values.get(name) or ()) else ():
             raise ValueError(f"Expected no key `{name}.{key}`, because `{name}` is off{_choice(name)}")
@@ -140,6 +148,17 @@ def check_config(config: DictConfig) -> None:
     for key, node in sorted(nodes(values), key=lambda pair: pair[0].count(".")):  # what others repeat comes first
         _check_node(f"{key}.", node)
     _check_ends(values["trainer"])
+    _check_use(values)
+
+
+def _check_use(values: dict[str, Any]) -> None:
+    for key in ("mode", "recalibrate_bn"):
+        value = (values.get("reconstruct") or {}).get(key)
+        if value and "reconstruct" not in values["compression"]:
+            raise ValueError(
+                f"Expected no `reconstruct.{key}` {shown(value)} with the chosen `compression`, which does not look at "
+                "it: choose compression=reconstruct or direct"
+            )
 
 
 def _check_ends(trainer: dict[str, Any]) -> None:

@@ -82,6 +82,13 @@ class ImageFolder(LightningDataModule):
         self.setup()
         return self._loader(self._test, self.eval_batch_size, shuffle=False)
 
+    def train_eval_dataloader(self) -> DataLoader[Any]:
+        """The training images scaled and cropped in their middle, in one order; the first ones are of all classes."""
+        self.setup()
+        assert self._train is not None
+        images = Subset(self._folder("train", False), self._train.indices)
+        return self._loader(images, self.eval_batch_size, shuffle=False)
+
     def _loader(self, images: Dataset[Any], batch_size: int, shuffle: bool) -> DataLoader[Any]:
         return ResumableLoader(
             images,

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.linalg import SingularSystem
 from lowrank_pl.metric import Metric
-from lowrank_pl.structures import Constant, Dense, Layout, Rank, Structure
+from lowrank_pl.structures import Constant, Dense, Layout, Rank, Structure, sweep
 
 
 class Candidates(ABC):
@@ -150,6 +150,8 @@ class Stagewise(Analysis):
 
     def _refitted(self, structure: Structure) -> Structure:
         tensors = structure.layout.refit([x.double() for x in structure.tensors], self.weight.double(), self.metric)
+        for _ in range(self.metric.sweeps):
+            tensors = sweep(structure.layout, tensors, self.weight, self.metric)
         return structure.with_tensors([x.to(self.weight.dtype) for x in tensors])
 
     def _error(self, structure: Structure) -> float:

@@ -74,6 +74,26 @@ class Root:
         """The same with a square factor, that has an inverse."""
         return self if self.floor is None else Root.of(self.matrix, 0.0)
 
+    @property
+    def largest(self) -> float:
+        """The largest eigenvalue of A, of all batches."""
+        if self.is_diagonal:
+            return float(self.factor.square().max())
+        spread = torch.linalg.matrix_norm(self.factor, 2).square()
+        return float((spread if self.floor is None else spread + self.floor).max())
+
+    def normalized(self, shrinkage: float) -> Root:
+        """With so much of the mean eigenvalue added to all of them, and their mean 1 then, in every batch."""
+        if self.is_diagonal:
+            values = self.factor.square()
+            return Root(_normalized(values, shrinkage).sqrt(), None, True)
+        if self.floor is None:  # its columns are orthogonal, each as long as the root of an eigenvalue
+            values = self.factor.square().sum(-2)
+            return Root(self.factor * (_normalized(values, shrinkage) / values).sqrt().unsqueeze(-2))
+        mean = self.factor.square().sum((-2, -1)) / self.size + self.floor
+        whole = mean * (1 + shrinkage)
+        return Root(self.factor / whole.sqrt()[..., None, None], (self.floor + shrinkage * mean) / whole)
+
     def times(self, matrix: Tensor) -> Tensor:
         """`[..., m, n]` to `[..., m, k]`, whose products with each other are those of the matrix in A."""
         if self.is_diagonal:
@@ -156,3 +176,7 @@ class Root:
     def to(self, device: torch.device) -> Root:
         """On that device."""
         return Root(self.factor.to(device), None if self.floor is None else self.floor.to(device), self.is_diagonal)
+
+
+def _normalized(values: Tensor, shrinkage: float) -> Tensor:
+    return (values / values.mean(-1, keepdim=True) + shrinkage) / (1 + shrinkage)

@@ -3,11 +3,13 @@
 from lowrank_pl.methods.deeptwist import Distortion, distort_, is_due
 from lowrank_pl.methods.lc_thresholds import least_lambda, least_mu
 from lowrank_pl.methods.learning_compression import CStep, LCState, add_penalty_gradients_, c_step
+from lowrank_pl.methods.running_moments import RunningMoments
 
 __all__ = [
     "CStep",
     "Distortion",
     "LCState",
+    "RunningMoments",
     "add_penalty_gradients_",
     "c_step",
     "distort_",

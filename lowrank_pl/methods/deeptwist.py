@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from lowrank_pl.compression import Plan, write_weights_
 from lowrank_pl.decompositions import Choice
+from lowrank_pl.metric import Metric
 from lowrank_pl.ranks import RankProblem
 from lowrank_pl.structures import Structure
 
@@ -36,14 +37,15 @@ def distort_(
     plan: Plan,
     choices: Mapping[str, Choice] | None = None,
     problems: Mapping[str, RankProblem] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Distortion:
     """Replace every target weight in place by its projection; nothing is written unless all projections succeed.
 
     Without choices the rank rules are asked. They must be asked once only: of weights that were projected before, a
     rule that looks at spectra chooses smaller and smaller ranks. `problems` are those that the choices were made from,
-    if they were made just now.
+    if they were made just now. With `metrics` they are nearest, and spectra are, in the sense of these.
     """
-    problems = plan.problems() if problems is None else problems
+    problems = plan.problems(metrics) if problems is None else problems
     choices = plan.choose_ranks(problems) if choices is None else dict(choices)
     structures = plan.factor(choices, problems)
     return Distortion(choices, structures, write_weights_(plan, structures))

@@ -6,16 +6,20 @@ from collections.abc import Mapping
 
 from lowrank_pl.compression import Plan
 from lowrank_pl.methods.learning_compression import LCState
+from lowrank_pl.metric import Metric
 from lowrank_pl.ranks import CostPenalty, enumerate_ranks
 from lowrank_pl.ranks.caps import cap_of
 from lowrank_pl.ranks.cost_penalty import MILLION
 
 
-def least_mu(plan: Plan, rule: CostPenalty, scales: Mapping[str, float]) -> tuple[float, float]:
-    """Above which mu the first C step leaves at least one layer, and every layer, with a rank above 0."""
+def least_mu(
+    plan: Plan, rule: CostPenalty, scales: Mapping[str, float], metrics: Mapping[str, Metric] | None = None
+) -> tuple[float, float]:
+    """Above which mu the first C step leaves at least one layer, and every layer, with a rank above 0; `scales` and
+    `metrics` are those of the state after it."""
     thresholds = []
     for c in plan.compressions:
-        problem = c.problem(cost_weight=scales[c.name], least=0)
+        problem = c.problem(cost_weight=scales[c.name], least=0, metric=(metrics or {}).get(c.name))
         choices = enumerate_ranks(problem, rule.charged, cap_of(c.name, rule.most))
         saved = choices.errors[0] - choices.errors[1:]
         price = rule.lambda_ / MILLION * scales[c.name]
@@ -33,7 +37,8 @@ def least_lambda(plan: Plan, rule: CostPenalty, state: LCState, mu: float) -> fl
     worth = []
     for c in plan.compressions:
         weight, scale = state.structures[c.name].reconstruct(), state.scales[c.name]
-        choices = enumerate_ranks(c.problem(weight, scale, least=0), rule.charged, cap_of(c.name, rule.most))
+        problem = c.problem(weight, scale, least=0, metric=state.metrics.get(c.name))
+        choices = enumerate_ranks(problem, rule.charged, cap_of(c.name, rule.most))
         saved = scale / MILLION * (choices.costs.max() - choices.costs)
         worth += [mu / 2 * error / s for error, s in zip(choices.errors, saved, strict=True) if s > 0]
     return float(min(worth, default=float("inf")))

@@ -16,7 +16,7 @@ write_weights_(plan, state.structures)
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,11 +24,15 @@ from torch import Tensor, nn
 
 from lowrank_pl.compression import Compression, Plan, describe
 from lowrank_pl.decompositions import DENSE, ZERO, Choice
-from lowrank_pl.linalg import squared_norm
+from lowrank_pl.metric import Metric
 from lowrank_pl.ranks import CostBudget, CostPenalty, RankProblem, enumerate_ranks
 from lowrank_pl.ranks.caps import cap_of
 from lowrank_pl.ranks.cost_penalty import MILLION
 from lowrank_pl.structures import Dense, Structure
+
+# Of the mean eigenvalue. What a C step leaves of a weight where inputs hardly ever lie, an L step must still pull in:
+# with a millionth of it as elsewhere, some of W would stay anywhere.
+SHRINKAGE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class LCState:
 
     An anchor is `Theta + beta / mu`: the penalty is `mu/2 ||W - anchor||^2`, and the multipliers are
     `mu (anchor - Theta)`, so that neither beta nor a dense Theta is kept as well. `scales` multiply lambda layer by
-    layer. `free` are the layers without a penalty. `unchanged` counts C steps since a rank last changed.
+    layer. `free` are the layers without a penalty. `unchanged` counts C steps since a rank last changed. `metrics` are
+    those of the norms above, for the layers that have one: they stay as they are until the next C step.
     """
 
     mu: float
@@ -48,6 +53,7 @@ class LCState:
     scales: dict[str, float]
     free: tuple[str, ...] = ()
     unchanged: int = 0
+    metrics: dict[str, Metric] = field(default_factory=dict)
 
     def beta(self, name: str) -> Tensor:
         """The multipliers of one layer, shaped as its weight."""
@@ -74,13 +80,14 @@ class LCState:
             "scales": dict(self.scales),
             "free": list(self.free),
             "unchanged": self.unchanged,
+            "metrics": {name: metric.state_dict() for name, metric in self.metrics.items()},
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], plan: Plan) -> LCState:
         """The inverse of `to_dict`, for the network that the plan is of; nothing is decomposed. Layers that it has no
         ranks of join at the next C step."""
-        choices, structures, anchors = {}, {}, {}
+        choices, structures, anchors, metrics = {}, {}, {}, {}
         for c in plan.compressions:
             ranks = values["ranks"].get(c.name)
             if ranks is None:
@@ -96,10 +103,13 @@ class LCState:
                 )
             structures[c.name] = Structure(choice.layout(c.layer), choice.rank, tensors)
             anchors[c.name] = values["anchors"][c.name].to(here)
+            own = values.get("metrics", {}).get(c.name)  # before 0.3 there were none
+            if own is not None:
+                metrics[c.name] = Metric.from_state_dict(c.layer, own, here)
         numbers = {key: values[key] for key in ("mu", "steps", "unchanged")}
         return cls(
             choices=choices, structures=structures, anchors=anchors, scales=values["scales"],
-            free=tuple(values["free"]), **numbers,
+            free=tuple(values["free"]), metrics=metrics, **numbers,
         )  # fmt: skip
 
 
@@ -107,7 +117,7 @@ class LCState:
 class CStep:
     """What one C step did. `gap` is `||W - Theta|| / ||W||` over the layers with a penalty, `penalty` the new
     `mu/2 ||W - Theta - beta/mu||^2`, `cost` the new `lambda C(r)`; `before` and `after` are the augmented Lagrangian
-    apart from the training loss, which a C step does not change."""
+    apart from the training loss, which a C step does not change. All norms are those of the step's metrics."""
 
     gap: float
     penalty: float
@@ -127,6 +137,7 @@ def c_step(
     normalize: bool = True,
     augmented: bool = True,
     normed: Collection[str] = (),
+    metrics: Mapping[str, Metric] | None = None,
 ) -> tuple[LCState, CStep]:
     """Theta and the ranks that minimize `lambda C(r) + mu/2 ||W - Theta - beta/mu||^2`; then `beta -= mu (W - Theta)`
     and the anchors for an L step at `next_mu`.
@@ -135,12 +146,20 @@ def c_step(
     layer has then; without `augmented` beta stays 0. Layers of `normed` (whose output goes into batch norm) get no
     penalty while their rank is 0. Weights and state are left as they are. Raises `ValueError` with the layer's name for
     weights that are not finite.
+
+    Norms are those of `metrics`, each with A and B of mean eigenvalue 1, so that mu keeps its meaning; Frobenius norms
+    without. beta is in units of weights: in a metric the multipliers of Algorithm 1 are `B beta A`.
     """
     plan.check_finite()
+    names = {c.name for c in plan.compressions}
+    own = {name: metric.normalized(SHRINKAGE) for name, metric in (metrics or {}).items() if name in names}
     known = {c.name: state if state and state.knows(c) else None for c in plan.compressions}
-    scales = {c.name: squared_norm(c.read()) if normalize else 1.0 for c in plan.compressions if known[c.name] is None}
-    scales |= state.scales if state else {}
-    problems = [c.problem(_shifted(c, known[c.name]), scales[c.name], least=0) for c in plan.compressions]
+    problems, scales = [], dict(state.scales) if state else {}
+    for c in plan.compressions:
+        problem = c.problem(_shifted(c, known[c.name]), least=0, metric=own.get(c.name))
+        if known[c.name] is None:
+            scales[c.name] = problem.squared_norm(c.read()) if normalize else 1.0
+        problems.append(replace(problem, cost_weight=scales[c.name]))
     choices, lambda_ = _choose(plan, rule, problems, state, mu)
     multiplied = next_mu if augmented else float("inf")
     steps = {
@@ -159,6 +178,7 @@ def c_step(
         scales=scales,
         free=tuple(name for name, step in steps.items() if step.free),
         unchanged=0 if changed or state is None else state.unchanged + 1,
+        metrics=own,
     )
     return after, _sum_up(list(steps.values()), lambda_)
 
@@ -198,7 +218,8 @@ def _layer_step(
     old_theta, theta = old.reconstruct(), new.reconstruct()
     old_cost, cost = c.cost(rule.charged, old_choice), c.cost(rule.charged, choice)
     old_rest, rest = (shifted - old_theta if state else shifted), shifted - theta
-    old_error, error = squared_norm(old_rest), squared_norm(rest)
+    norm = problem.squared_norm
+    old_error, error = norm(old_rest), norm(rest)
     before = price * old_cost + mu / 2 * old_error
     # Where the error was known beforehand only as a bound (Tucker-2), the new Theta may be worse than the old one.
     if isinstance(rule, CostBudget):
@@ -214,12 +235,12 @@ def _layer_step(
         structure=new,
         anchor=theta if free or shared or next_mu == float("inf") else theta.add(rest, alpha=-mu / next_mu),
         free=free,
-        distance=0.0 if free else squared_norm(weight - theta) if state else error,
-        norm=0.0 if free else squared_norm(weight),
+        distance=0.0 if free else norm(weight - theta) if state else error,
+        norm=0.0 if free else norm(weight),
         penalty=mu / 2 * error,
         cost=price * cost,
         before=before,
-        beta=mu / 2 * squared_norm(state.anchors[c.name] - old_theta) if state else 0.0,
+        beta=mu / 2 * norm(state.anchors[c.name] - old_theta) if state else 0.0,
     )
 
 
@@ -238,7 +259,8 @@ def _sum_up(steps: Sequence[_LayerStep], lambda_: float) -> CStep:
 
 @torch.no_grad()
 def add_penalty_gradients_(plan: Plan, state: LCState, only: Collection[nn.Parameter] | None = None) -> None:
-    """Add `mu (W - Theta) - beta`, the gradient of the penalty, to the gradients of the targets.
+    """Add `mu (W - Theta) - beta`, the gradient of the penalty, to the gradients of the targets; in a metric
+    `B (mu (W - Theta) - beta) A`.
 
     `only` limits it to these parameters: those of one optimizer of several.
     """
@@ -247,7 +269,8 @@ def add_penalty_gradients_(plan: Plan, state: LCState, only: Collection[nn.Param
         if c.name in state.free or not state.knows(c):
             continue
         if chosen is None or any(id(p) in chosen for p in c.parameters):
-            c.map.add_gradient_(state.mu * (c.read() - state.anchors[c.name]))
+            gap, metric = c.read() - state.anchors[c.name], state.metrics.get(c.name)
+            c.map.add_gradient_(state.mu * (gap if metric is None else metric.times(gap)))
 
 
 def _choose(

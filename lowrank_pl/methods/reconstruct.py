@@ -26,13 +26,14 @@ from lowrank_pl.compression import Compression, Plan
 from lowrank_pl.decompositions import DENSE, Choice
 from lowrank_pl.layers import LAYER_TYPES, lowered
 from lowrank_pl.linalg.root import SHRINKAGE
+from lowrank_pl.methods.nonlinear import Rows, refine
 from lowrank_pl.metric import Metric
 from lowrank_pl.moments import Moments, draw, listening, warn_of_few
 from lowrank_pl.samples import Samples, as_call
 from lowrank_pl.structures import Dense, Structure
 from lowrank_pl.surgery import detached_copy
 from lowrank_pl.terminal import terminal
-from lowrank_pl.tracing import Call, eager, slow_paths
+from lowrank_pl.tracing import Call, Following, eager, slow_paths, what_follows
 
 Mode: TypeAlias = Literal["outputs", "asymmetric", "nonlinear"]
 DAMPING = 0.1  # of the mean eigenvalue, at as many vectors as inputs
@@ -146,10 +147,11 @@ def reconstruct(
         return _outputs(plan, choices, collected or collect(model, plan.compressions, samples))
     fitted = Fitted({}, {})
     dense, current = detached_copy(model), detached_copy(model)
+    following = _following(dense, plan, samples) if mode == "nonlinear" else {}
     by_name = {c.name: c for c in plan.compressions}
     console = terminal()
     for name in track(plan.order, "Fitting layers", console=console, transient=True, disable=not console.is_terminal):
-        structure, response = _asymmetric(dense, current, by_name[name], choices[name], samples)
+        structure, response = _asymmetric(dense, current, by_name[name], choices[name], samples, following.get(name))
         fitted.structures[name] = structure
         if response is not None:
             fitted.responses[name] = response
@@ -214,21 +216,36 @@ def _outputs(plan: Plan, choices: Mapping[str, Choice], collected: Collected) ->
 
 
 def _asymmetric(
-    dense: nn.Module, current: nn.Module, c: Compression, choice: Choice, samples: Samples
+    dense: nn.Module,
+    current: nn.Module,
+    c: Compression,
+    choice: Choice,
+    samples: Samples,
+    following: Following | None = None,
 ) -> tuple[Structure, Response | None]:
+    rows = None if following is None else Rows()
     choice = c.settled(choice)
-    m, held = (None, None) if choice == DENSE else paired(dense, current, c, samples)
+    m, held = (None, None) if choice == DENSE else paired(dense, current, c, samples, rows)
     if m is None:
         return c.problem().structure(choice), None
     metric = m.metric(_moves_bias(c, m))
     target = c.read() if m.cross is None else _target(c, m, metric)
     structure = c.problem(target, metric=metric).structure(choice)
     structure = _moved(c, structure, m)
+    if following is not None and rows is not None and structure.bias is not None:
+        structure = refine(structure, c.layer, rows, following)
     return structure, _answers(c, structure, m, held)
 
 
+def _following(model: nn.Module, plan: Plan, samples: Samples) -> dict[str, Following]:
+    """What follows every target, as the first batch shows."""
+    _, _, batch = next(samples.batches())
+    with _evaluated(model):
+        return what_follows(model, plan.order, lambda: samples.run(model, batch))
+
+
 def paired(
-    dense: nn.Module, current: nn.Module, c: Compression, samples: Samples
+    dense: nn.Module, current: nn.Module, c: Compression, samples: Samples, rows: Rows | None = None
 ) -> tuple[Moments | None, Moments | None]:
     """Moments of what one layer is given in the network compressed so far, and of what it answers in the dense one; on
     the samples and on those held back. None where its inputs are not known."""
@@ -250,8 +267,11 @@ def paired(
                         f"with {ours.shape[1]} in the compressed one: its calls cannot be paired. Exclude it, or use "
                         "reconstruct='outputs'"
                     )
+                y = None if m.is_long else _answer(c, x)
                 with _named(c.name, number):
-                    m.add(ours, None if m.is_long else _answer(c, x))
+                    m.add(ours, y)
+                if rows is not None and y is not None and not is_held:
+                    rows.add(ours, y)
     return found.get(False), found.get(True)
 
 

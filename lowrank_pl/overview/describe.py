@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank_pl.terminal import printable
 
-_KINDS = {"DeepTwist": "deeptwist", "LearningCompression": "lc", "compress": "direct"}
+_KINDS = {"DeepTwist": "deeptwist", "LearningCompression": "lc", "compress": "direct", "OneShot": "one-shot"}
 
 
 def group_of(config: Any) -> str:
@@ -32,7 +32,7 @@ def method_of(config: Any) -> str:
     structure = compression.get("method")
     if isinstance(structure, dict):
         structure = _snake(_class(structure)) if "_target_" in structure else "mixed"
-    words = [kind, _word(structure)]
+    words = [*_kind_of(compression, kind), _word(structure)]
     if kind == "lc" and compression.get("lambda_") is not None:
         words.append(f"lambda={_short(compression['lambda_'])}")
     for key in ("rank", "budget"):
@@ -42,7 +42,18 @@ def method_of(config: Any) -> str:
             words += [_snake(_class(rule)), *numbers[:4]]
     if kind == "deeptwist" and "S_D" in compression:
         words.append(f"S_D={_word(compression['S_D'])}")
+    metric = compression.get("metric")
+    if metric not in (None, "inputs" if words[0] in ("reconstruct", "one-shot") else "weights"):
+        words.append(f"metric={_word(metric)}")
     return " ".join(words)
+
+
+def _kind_of(compression: dict[str, Any], kind: str) -> list[str]:
+    """Of what is compressed in one go: whether it is trained then, and what its factors are fitted to."""
+    mode = compression.get("reconstruct")
+    if kind == "one-shot":
+        kind = "direct" if compression.get("train") is True else kind if mode is None else "reconstruct"
+    return [kind] if mode is None else [kind, _word(mode)]
 
 
 def part(values: Any, *keys: str) -> dict[str, Any]:

@@ -14,7 +14,8 @@ class Entry:
     """One run, in plain values of bounded size. What it has not come to is empty; `problem` says what could not be
     read, or why it failed.
 
-    `numbers` has for `dense` and `compressed`: `error` in percent, `params`, `macs`, `latency_1`, `latency_32` in ms.
+    `numbers` has for `dense` and `compressed`: `error` in percent, `params`, `macs`, `latency_1`, `latency_32` in ms;
+    for `compressed` maybe `response` in percent, the mean error of the outputs of its compressed layers.
     """
 
     directory: Path

@@ -218,10 +218,11 @@ function detail() {
     html("summary", {}, box, "Layer by layer");
     const table = html("table", { class: "numbers" }, html("div", { class: "scroll" }, box));
     const head = html("tr", {}, table);
-    for (const name of ["layer", "structure", "MACs", "to", "params", "to", ""]) html("th", {}, head, name);
+    const answers = run.layers.some((layer) => layer.response !== null);
+    for (const name of ["layer", "structure", "MACs", "to", "params", "to", ...(answers ? ["response error"] : []), ""]) html("th", {}, head, name);
     for (const layer of run.layers) {
       const row = html("tr", {}, table);
-      for (const text of [layer.name, layer.structure, ...layer.macs.map((x) => (x === null ? "" : short(x))), ...layer.params.map((x) => (x === null ? "" : short(x))), layer.note]) html("td", {}, row, text);
+      for (const text of [layer.name, layer.structure, ...layer.macs.map((x) => (x === null ? "" : short(x))), ...layer.params.map((x) => (x === null ? "" : short(x))), ...(answers ? [layer.response === null ? "" : `${(100 * layer.response).toPrecision(2)} %`] : []), layer.note]) html("td", {}, row, text);
     }
   }
   const box = html("details", {}, panel);

@@ -13,7 +13,7 @@ from zlib import compress
 
 from lowrank_pl.overview.entry import Entry, front
 from lowrank_pl.overview.read import DETAILED, RANK
-from lowrank_pl.overview.tables import CAPTION, rows
+from lowrank_pl.overview.tables import caption, columns, rows
 from lowrank_pl.reading import MEGABYTE
 from lowrank_pl.terminal import printable
 
@@ -35,8 +35,9 @@ def page(entries: Sequence[Entry]) -> str:
     for place, text in (
         ("STYLE", parts.joinpath("page.css").read_text("utf-8")),
         ("SCRIPT", parts.joinpath("page.js").read_text("utf-8")),
+        ("HEAD", "".join(f"<th>{escape(name)}</th>" for name in columns(entries))),
         ("TABLE", _table(entries)),
-        ("CAPTION", escape(CAPTION + (_BRIEF if len(entries) > DETAILED else ""))),
+        ("CAPTION", escape(caption(entries) + (_BRIEF if len(entries) > DETAILED else ""))),
         ("DATA", packed),
     ):
         html = html.replace(f"<!-- {place} -->", text)
@@ -44,16 +45,18 @@ def page(entries: Sequence[Entry]) -> str:
 
 
 def _table(entries: Sequence[Entry]) -> str:
-    lines, group, best = [], None, front(entries)
+    lines, group, best, width = [], None, front(entries), len(columns(entries))
     for position, (entry, row) in enumerate(zip(entries, rows(entries), strict=True)):
         if entry.group != group:
             group = entry.group
-            lines.append(f'<tr class="group" data-group="{escape(group)}"><th colspan="10">{escape(group)}</th></tr>')
+            lines.append(
+                f'<tr class="group" data-group="{escape(group)}"><th colspan="{width}">{escape(group)}</th></tr>'
+            )
         name, method, *cells = (escape(cell) for cell in row)
         marked = ' class="best"' if position in best else ""
         inner = f'<td><a href="#run{position}">{name}</a></td>'
         if not row[3]:  # no results, but a word on why
-            inner += f'<td>{method}</td><td class="problem" colspan="8">{cells[0]}</td>'
+            inner += f'<td>{method}</td><td class="problem" colspan="{width - 2}">{cells[0]}</td>'
         else:
             problem = f'<div class="small">{escape(entry.problem)}</div>' if entry.problem else ""
             inner += f"<td>{method}{problem}</td>" + "".join(f"<td>{cell}</td>" for cell in cells)

@@ -118,6 +118,10 @@ def _read_report(entry: Entry, doubt: Callable[[str], None], briefly: bool) -> N
             entry.numbers[network] = {name: number for name, number in numbers.items() if number is not None}
     layers = values.parts("layers")
     structures = {layer.text("structure") for layer in layers}
+    known = [layer.number("response", least=0) for layer in layers if layer.text("structure") != "dense"]
+    responses = [100 * error for error in known if error is not None]
+    if responses and entry.numbers:
+        entry.numbers["compressed"]["response"] = sum(responses) / len(responses)
     entry.is_all_dense = entry.method not in ("reference", "?") and structures == {"dense"}
     if not briefly:
         entry.layers = [_layer(layer) for layer in layers]
@@ -153,10 +157,10 @@ class _Values:
             self.doubt(f"report.json: {len(values):,} {self._name(key)}, of which {LAYERS:,} are read")
         return [_Values(f"{self._name(key)}[{i}]", value, self.doubt) for i, value in enumerate(values[:LAYERS])]
 
-    def number(self, key: str, most: float = 1e18) -> float | None:
+    def number(self, key: str, most: float = 1e18, least: float = 1e-12) -> float | None:
         """Between 0 and `most`, counts stay ints; None where there is none."""
         value = self.values.get(key)
-        if value is None or _is_number(value, most):
+        if value is None or _is_number(value, most, least):
             return value
         self.doubt(f"report.json: expected {self._name(key)} to be a number from 0 to {most:g} but got {_shown(value)}")
         return None
@@ -185,6 +189,7 @@ def _layer(layer: _Values) -> dict[str, Any]:
     return {
         **{key: layer.text(key) for key in ("name", "structure", "note")},
         **{key: [network.number(key) for network in pair] for key in ("macs", "params")},
+        "response": layer.number("response", least=0),
         "spectrum": [list(point) for point in points],
     }
 

@@ -6,7 +6,7 @@ import copy
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,19 @@ from torch import nn
 from lowrank_pl.adapters import find_maps
 from lowrank_pl.callbacks import CompressionCallback, ExtractStructure, LearningCompression
 from lowrank_pl.checksums import add_sum, check_sum, write_summed
-from lowrank_pl.extraction import extracted_part
+from lowrank_pl.extraction import RECORD, extracted_part
 from lowrank_pl.figures import draw_run
 from lowrank_pl.files import write_files
 from lowrank_pl.linalg import singular_energies
 from lowrank_pl.models import load_weights
+from lowrank_pl.module import Classifier
 from lowrank_pl.reading import first_line
 from lowrank_pl.report import summarize
 from lowrank_pl.run_files import as_json, locked
 from lowrank_pl.runs.directory import Run
 from lowrank_pl.runs.diverging import FiniteLoss
 from lowrank_pl.runs.metrics_file import MetricsFile
+from lowrank_pl.runs.one_shot import OneShot
 from lowrank_pl.runs.progress import EpochLines, Progress
 from lowrank_pl.runs.recipe import Recipe, Training
 from lowrank_pl.runs.resumable import Resumable, WholeFiles, newest_checkpoint
@@ -83,7 +85,7 @@ class _Execution:
             classifier = self.recipe.classifier(compressed, self.recipe.finetune)
             length, logger = _epochs(self.recipe.finetune), self.logger("finetune")
             self.fit("fine-tuning", self.directory / "finetune", classifier, [], length, logger)
-            save_compressed(compressed, self.directory / "compressed")
+            save_compressed(_trained(compressed), self.directory / "compressed")
             self.mark_done("finetune")
         self.report()
 
@@ -112,10 +114,31 @@ class _Execution:
             assert extraction.extracted is not None
             return dense, extraction.extracted
         if compression is not None:
-            module = compression(module, example_input=self.example)
+            module = self.compressed(compression, module)
+            if not compression.train:
+                return dense, extracted_part(module, "net")
         self.fit("training", self.directory, module, [], {}, self.logger())
-        compressed = extracted_part(module, "net")
+        compressed = _trained(extracted_part(module, "net"))
         return (module.net if compression is None else dense), compressed
+
+    def compressed(self, compression: OneShot, module: Classifier) -> Classifier:
+        """What is made of a module before any training, on the device that training runs on."""
+        if compression.needs_images:
+            self.progress.say(f"compressing, on the first {compression.samples:,} training images")
+        trainer = self.recipe.make_trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        device = trainer.strategy.root_device
+        device = device if device.type == "cuda" else torch.device("cpu")  # others have no float64
+        made = compression(module.to(device), self.example.to(device), self.training_images, self.check)
+        self.check()
+        return made.cpu()  # type: ignore[return-value]
+
+    def training_images(self) -> Iterable[Any]:
+        """As they are, and in their order."""
+        data = self.recipe.data
+        if not hasattr(data, "train_eval_dataloader"):
+            raise ValueError(f"`data`: {type(data).__name__} has no train_eval_dataloader() of plain images")
+        loader: Iterable[Any] = data.train_eval_dataloader()
+        return loader
 
     def reference(self, training: Training) -> Path:
         """The reference's weights, in the run's directory: trained here, or by another run of the same sweep."""
@@ -204,7 +227,7 @@ class _Execution:
         module, data = self.recipe.classifier(net, self.recipe.training), self.recipe.data
         values = {"accuracy": float(tester.test(module, data, verbose=False)[0]["test/accuracy"])}
         if self.recipe.report_train:
-            (train,) = tester.test(module, data.train_eval_dataloader(), verbose=False)  # type: ignore[attr-defined]
+            (train,) = tester.test(module, self.training_images(), verbose=False)
             values |= {"train_accuracy": train["test/accuracy"], "train_loss": train["test/loss"]}
         self.check()
         return values
@@ -267,6 +290,12 @@ def _end(trainer: pl.Trainer) -> str:
 
 def _epochs(training: Training) -> dict[str, int]:
     return {} if training.epochs is None else {"max_epochs": training.epochs, "max_steps": -1}
+
+
+def _trained(net: nn.Module) -> nn.Module:
+    """Without the errors of its layers' outputs, which were those of other factors."""
+    getattr(net, RECORD, {}).pop("responses", None)
+    return net
 
 
 def _weights(net: nn.Module) -> bytes:

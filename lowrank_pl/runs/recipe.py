@@ -10,7 +10,9 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import nn
 
+from lowrank_pl.callbacks import CompressionCallback
 from lowrank_pl.module import Classifier, check_product_decay
+from lowrank_pl.runs.one_shot import OneShot
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Training:
 class Recipe:
     """What a run is made of.
 
-    `compression` is a callback, or a function that compresses a module before it is trained, or None. With `reference`
-    the network is trained first, unless the folder `references` has it under `reference_key` from another run.
+    `compression` is a callback, or what compresses a module before, or without, training, or None. With `reference` the
+    network is trained first, unless the folder `references` has it under `reference_key` from another run.
     `finetune` trains the extracted network's factors at the end. With `report_train`, loss and accuracy on the training
     images are reported too. Metrics go to `metrics.csv`, and to `make_logger(save_dir=...)` with the `hyperparameters`.
     Checkpoints are written at the start of every epoch but the first, and every `checkpoint_every` optimizer steps.
@@ -47,7 +49,7 @@ class Recipe:
     training: Training
     make_trainer: Callable[..., pl.Trainer]
     make_logger: Callable[..., Any] | None = None
-    compression: Any = None
+    compression: CompressionCallback | OneShot | None = None
     reference: Training | None = None
     finetune: Training | None = None
     references: Path | None = None

@@ -7,6 +7,7 @@ from lowrank_pl.structures.base import Layout, Rank, Structure, total_macs
 from lowrank_pl.structures.chain import Chain
 from lowrank_pl.structures.constant import Constant
 from lowrank_pl.structures.dense import Dense
+from lowrank_pl.structures.sweeps import sweep
 from lowrank_pl.structures.tiles import Tiles
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Structure",
     "Tiles",
     "layout_from_dict",
+    "sweep",
     "total_macs",
 ]
 

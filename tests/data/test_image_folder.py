@@ -48,6 +48,17 @@ def test_only_training_images_are_augmented(root):
     assert torch.equal(first, again)
 
 
+def test_training_images_as_they_are_come_in_one_order_and_of_all_classes(root):
+    data = ImageFolder(str(root), eval_batch_size=15, workers=0, size=32, val_fraction=0.25)
+    ((x, y),), ((again, _),) = (list(data.train_eval_dataloader()) for _ in range(2))
+    assert torch.equal(x, again)
+    plain = data._folder("train", False)
+    for image, label, index in zip(x, y, data._train.indices, strict=True):
+        assert label == plain[index][1]
+        assert torch.equal(image, plain[index][0])
+    assert len(set(y[:6].tolist())) == 2
+
+
 def test_no_validation(root):
     assert ImageFolder(str(root), workers=0).val_dataloader() == []
 

@@ -1,6 +1,7 @@
 """What every decomposition promises in every metric, on every kind of layer; `SVD` against brute force."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lowrank_pl.decompositions import SVD
 from lowrank_pl.layers import as_operator, spec_of
 from lowrank_pl.linalg import Root
 from lowrank_pl.metric import Metric, grouped
+from lowrank_pl.structures import sweep
 
 SUPPORTED = [(d, name) for d in DECOMPOSITIONS for name in LAYERS if supports(d, make_layer(name)[0])]
 KINDS = ("full", "deficient", "diagonal", "samples", "outputs", "both")
@@ -67,7 +69,31 @@ def test_squared_norm(name, kind):
     weight = layer.weight.detach().double()
     expected = squared(spec, weight, a, b)
     assert metric.squared_norm(weight) == pytest.approx(expected, rel=1e-9)
-    assert float((weight * metric.times(weight)).sum()) == pytest.approx(expected, rel=1e-9)
+    weight.requires_grad_()
+    white = metric.whiten(grouped(weight, spec))
+    (metric.outputs.times(white.mT) if metric.outputs else white).square().sum().backward()
+    torch.testing.assert_close(metric.times(weight), weight.grad / 2, rtol=1e-9, atol=1e-9 * expected**0.5)
+    assert float((weight.detach() * metric.times(weight)).sum()) == pytest.approx(expected, rel=1e-9)
+
+
+@each_kind
+@pytest.mark.parametrize("name", LAYERS)
+def test_normalized(name, kind):
+    """Against eigenvalues of the whole matrices; and what a checkpoint keeps of it is exact."""
+    spec = spec_of(make_layer(name)[0])
+    metric, a, b = make_metric(spec, kind, scale=1e4)
+    found, largest = metric.normalized(0.1), 1.0
+    for root, matrix in ((found.inputs, a), (found.outputs, b)):
+        if root is None:
+            continue
+        mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        expected = (matrix / mean + 0.1 * torch.eye(matrix.shape[-1])) / 1.1
+        torch.testing.assert_close(root.matrix, expected.expand_as(root.matrix), rtol=1e-6, atol=1e-5)
+        largest *= float(torch.linalg.eigvalsh(expected).max())
+    assert found.largest == pytest.approx(largest, rel=1e-5)
+    again = Metric.from_state_dict(spec, found.state_dict(), torch.device("cpu"))
+    weight = torch.randn(spec.stored_shape).double()
+    assert torch.equal(again.times(weight), found.times(weight))
 
 
 @each_kind
@@ -145,6 +171,43 @@ def test_svd_is_the_reduced_rank_regression(name, kind):
         energy = float(s.square().sum())
         assert float((roots[0] @ (found - best) @ roots[1]).square().sum()) <= 1e-12 * energy
         assert float(analysis.errors[0][r]) == pytest.approx(float(s[..., r:].square().sum()), abs=1e-9 * energy)
+
+
+@pytest.mark.parametrize(
+    ("decomposition", "name"),
+    [(d, name) for d, name in SUPPORTED if name in ("linear", "conv2d_strides", "conv2d_grouped", "transposed2d")],
+    ids=lambda x: str(x).replace(" ", ""),
+)
+def test_sweeps(decomposition, name):
+    """Never worse for another sweep; from the projection in Frobenius norm they lead to the best SVD."""
+    layer, _ = make_layer(name)
+    spec, weight = spec_of(layer), layer.weight.detach().double()
+    metric, _, _ = make_metric(spec, "both")
+    rank = some_ranks(decomposition.full_rank(spec))[len(some_ranks(decomposition.full_rank(spec))) // 2]
+    errors = []
+    for sweeps in (0, 1, 2):
+        each = replace(metric, sweeps=sweeps)
+        errors.append(each.squared_norm(weight - decomposition.factor(weight, spec, rank, each).reconstruct()))
+    assert errors[2] <= errors[1] * (1 + 1e-9) <= errors[0] * (1 + 2e-9) + 1e-18
+    plain = decomposition.factor(weight, spec, rank)
+    tensors, before = plain.tensors, metric.squared_norm(weight - plain.reconstruct())
+    for _ in range(2):
+        tensors = sweep(plain.layout, tensors, weight, metric)
+        after = metric.squared_norm(weight - plain.with_tensors(tensors).reconstruct())
+        assert after <= before * (1 + 1e-9) + 1e-18
+        before = after
+
+
+def test_sweeps_find_the_best_svd():
+    layer, _ = make_layer("conv2d")
+    spec, weight = spec_of(layer), layer.weight.detach().double()
+    metric, _, _ = make_metric(spec, "both")
+    best = metric.squared_norm(weight - SVD().factor(weight, spec, (3,), metric).reconstruct())
+    plain = SVD().factor(weight, spec, (3,))
+    tensors = plain.tensors
+    for _ in range(20):
+        tensors = sweep(plain.layout, tensors, weight, metric)
+    assert metric.squared_norm(weight - plain.with_tensors(tensors).reconstruct()) == pytest.approx(best, rel=5e-3)
 
 
 def test_a_metric_of_another_layer_is_refused():
