@@ -2,7 +2,7 @@
 
     python experiments/reconstruction/reconstruct.py --data DIR --weights DIR
 
-`cells.yaml` beside it names the networks, ranks and rows. What results.csv already holds is skipped, so that a stopped
+`grid.yaml` beside it names the networks, ranks and rows. What results.csv already holds is skipped, so that a stopped
 experiment is taken up by the same command.
 """
 
@@ -60,7 +60,7 @@ class Cell:
 def cells() -> list[Cell]:
     """In the order of running."""
     found = []
-    for group in OmegaConf.load(HERE / "cells.yaml"):
+    for group in OmegaConf.load(HERE / "grid.yaml"):
         for ranks in group.ranks:
             for share in group.shares:
                 found += [Cell(group.depth, images, ranks, share, row) for images in group.images for row in group.rows]
