@@ -36,7 +36,8 @@ from lowrank_pl.terminal import terminal
 from lowrank_pl.tracing import Call, Following, eager, slow_paths, what_follows
 
 Mode: TypeAlias = Literal["outputs", "asymmetric", "nonlinear"]
-DAMPING = 0.1  # of the mean eigenvalue, at as many vectors as inputs
+# of the mean eigenvalue, at as many vectors as inputs; of 0, 0.1, 1, 3 and 10 the most accurate: ResNet-20, 200 images
+DAMPING = 1.0
 ROUNDING = 1e-12  # of outputs' squares: what varies less does not vary
 
 
