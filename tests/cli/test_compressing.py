@@ -129,10 +129,12 @@ def test_stopped_at_any_moment_it_ends_alike(tmp_path: Path) -> None:
     begin = time.monotonic()
     whole = train(*words, folder=tmp_path / "whole")
     seconds = time.monotonic() - begin
-    for number, part in (("kill", 0.2), ("kill", 0.6), ("terminate", 0.4)):
+    for number, part in (("kill", 0.1), ("kill", 0.5), ("terminate", 0.3)):
         folder = tmp_path / f"{number}{part}"
         folder.mkdir()
         process = start("train", *words, "hydra.run.dir=run", folder=folder)
+        while process.is_alive() and not (folder / "run" / "config.yaml").is_file():
+            process.join(0.1)
         process.join(part * seconds)
         getattr(process, number)()  # nothing happens where it was faster this time
         process.join()

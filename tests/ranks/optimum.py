@@ -8,7 +8,7 @@ def count_analyses(monkeypatch, *decompositions):
     analyzed = []
 
     def counting(analyze):
-        return lambda self, weight, layer: analyzed.append((weight, self)) or analyze(self, weight, layer)
+        return lambda self, weight, *others: analyzed.append((weight, self)) or analyze(self, weight, *others)
 
     for kind in {type(decomposition) for decomposition in decompositions}:
         monkeypatch.setattr(kind, "analyze", counting(kind.analyze))
