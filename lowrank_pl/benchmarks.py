@@ -29,7 +29,7 @@ from lowrank_pl.compression import Plan
 from lowrank_pl.data import EpochSampler, ImageSet
 from lowrank_pl.files import write_files
 from lowrank_pl.methods import c_step, distort_
-from lowrank_pl.methods.reconstruct import collect
+from lowrank_pl.methods.collecting import collect
 from lowrank_pl.models import VGG, CifarResNet, LeNet5
 from lowrank_pl.module import Classifier
 from lowrank_pl.planning import make_plan

@@ -13,17 +13,12 @@ from lowrank_pl.checks import check_among
 from lowrank_pl.compression import Plan
 from lowrank_pl.decompositions import Choice
 from lowrank_pl.extraction import RECORD, difference, extract
+from lowrank_pl.methods.batch_norms import reestimate_batch_norms_
+from lowrank_pl.methods.collecting import collect, first_call
 from lowrank_pl.methods.gradients import check_loss, with_gradients
-from lowrank_pl.methods.reconstruct import (
-    Fitted,
-    Mode,
-    collect,
-    first_call,
-    place_,
-    reestimate_batch_norms_,
-    with_responses,
-)
+from lowrank_pl.methods.reconstruct import Mode, place_
 from lowrank_pl.methods.reconstruct import reconstruct as fit
+from lowrank_pl.methods.responses import Fitted, with_responses
 from lowrank_pl.planning import MethodChoice, RankChoice, make_plan
 from lowrank_pl.ranks import CostBudget, GreedyEnergy
 from lowrank_pl.samples import Samples

@@ -12,7 +12,7 @@ from lowrank_pl import SVD, FixedRank, RankFraction, Samples, Targets, compress,
 from lowrank_pl.adapters import Attention, Recurrent, RowBlocks, find_maps, registry
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import lowered_inputs, spec_of
-from lowrank_pl.methods.reconstruct import collect
+from lowrank_pl.methods.collecting import collect
 from lowrank_pl.metric import columns_of
 from lowrank_pl.moments import Moments, listening, warn_of_few
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lowrank_pl import CostBudget, Samples, Targets, compress, summarize
 from lowrank_pl.decompositions import Choice
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.methods.reconstruct import reestimate_batch_norms_
+from lowrank_pl.methods.batch_norms import reestimate_batch_norms_
 from lowrank_pl.models import CifarResNet, load_weights
 from lowrank_pl.ranks import RankProblem, RankRule
 

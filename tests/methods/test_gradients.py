@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowrank_pl import CostBudget, FixedRank, Samples, Targets, compress, make_plan
+from lowrank_pl.methods.collecting import collect
 from lowrank_pl.methods.gradients import SHRINKAGE, with_gradients
-from lowrank_pl.methods.reconstruct import collect
 from lowrank_pl.tracing import record
 
 pytestmark = pytest.mark.filterwarnings("ignore:1 of 3 layers were given fewer vectors")

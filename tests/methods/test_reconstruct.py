@@ -13,7 +13,8 @@ from lowrank_pl import FixedRank, RankFraction, Samples, Targets, compress, make
 from lowrank_pl.compression import Plan
 from lowrank_pl.decompositions import DENSE
 from lowrank_pl.layers import as_operator, lowered, lowered_inputs, spec_of
-from lowrank_pl.methods.reconstruct import collect, place_, reconstruct
+from lowrank_pl.methods.collecting import collect
+from lowrank_pl.methods.reconstruct import place_, reconstruct
 from lowrank_pl.samples import HELD_OUT
 from lowrank_pl.structures import Dense
 from lowrank_pl.tracing import record

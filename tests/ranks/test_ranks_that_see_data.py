@@ -8,7 +8,7 @@ from torch import nn
 
 from lowrank_pl import CostBudget, EnergyThreshold, FixedRank, GreedyEnergy, Samples, Targets, make_plan
 from lowrank_pl.decompositions import SVD, BlockSVD, Cheapest, SpatialSVD, Tucker2
-from lowrank_pl.methods.reconstruct import collect
+from lowrank_pl.methods.collecting import collect
 from lowrank_pl.tracing import record
 
 
