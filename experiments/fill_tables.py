@@ -1,5 +1,4 @@
-"""Write the tables of the experiments on learning-compression into their READMEs:
-python experiments/fill_tables.py experiments/lc_lenet300
+"""Write the tables of experiments into their READMEs: python experiments/fill_tables.py experiments/lc_lenet300
 
 results.csv goes between `<!-- table -->` and `<!-- end -->`, earlier.csv, the runs of earlier schedules, between
 `<!-- earlier -->` and `<!-- end earlier -->`.
@@ -44,22 +43,25 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, str]], paper: list[tuple[str, str, int, int, str, str, str]]) -> str:
-    lines = [
-        "| | epochs | layers | MACs | parameters | train loss | train error, % | test error, % | of the reference |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    """Columns in which nothing stands are left out."""
+    head = ["", "epochs", "layers", "MACs", "parameters", "train loss", "train error, %", "test error, %",
+            "as extracted, %", "of the reference"]  # fmt: skip
+    lines = []
     for row in rows:
-        loss, train = row.get("train_loss", ""), row.get("train_accuracy", "")
         reference = "" if row["cell"].startswith("deeptwist") else row["accuracy_before_last_distortion"]
-        shown = (train, row["accuracy"], reference)
+        shown = (row.get("train_accuracy"), row["accuracy"], row.get("accuracy_extracted"), reference)
         errors = [f"{100 - float(x):.2f}" if x else "" for x in shown]
         layers = row["ranks"] if len(row["ranks"]) < 60 else ""
         sizes = [f"{int(row[unit]):,}" for unit in ("macs", "params")]
-        lines.append(f"| {' | '.join([row['cell'], row.get('epochs', ''), layers, *sizes, loss, *errors])} |")
+        lines.append([row["cell"], row.get("epochs", ""), layers, *sizes, row.get("train_loss", ""), *errors])
     for name, ranks, macs, params, log_loss, train, test in paper:
         epochs = "300" if name.endswith("reference") else PAPER_EPOCHS
-        lines.append(f"| {name} | {epochs} | {ranks} | {macs:,} | {params:,} | 1e{log_loss} | {train} | {test} | |")
-    return "\n".join(lines)
+        lines.append([name, epochs, ranks, f"{macs:,}", f"{params:,}", f"1e{log_loss}", train, test, "", ""])
+    shown_columns = [i for i in range(len(head)) if any(line[i] for line in lines)]
+    marks = [["---", "---:"][i > 2] for i in shown_columns]
+    cells = [[line[i] for i in shown_columns] for line in (head, *lines)]
+    written = [f"| {' | '.join(line)} |" for line in cells]
+    return "\n".join([written[0], f"|{'|'.join(marks)}|", *written[1:]])
 
 
 if __name__ == "__main__":
