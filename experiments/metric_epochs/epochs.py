@@ -27,10 +27,15 @@ SEARCH: dict[str, Any] = {
     **{
         f"inputs, every {every}, decay {decay}, places {places}": TrainingMetric("inputs", every, decay, places)
         for every, decay, places in (
-            (25, 0.9, 10), (25, 0.7, 10), (25, 0.5, 10), (50, 0.5, 20),
+            (25, 0.9, 10),
+            (25, 0.7, 10),
+            (25, 0.5, 10),
+            (50, 0.5, 20),
             # added when the first three had run: fewer images are worse, more of them?
-            (25, 0.95, 10), (25, 0.9, 30), (10, 0.9, 10),
-        )  # fmt: skip
+            (25, 0.95, 10),
+            (25, 0.9, 30),
+            (10, 0.9, 10),
+        )
     },
 }
 CELLS: dict[str, Any] = {"weights": "weights", "inputs": "inputs", "inputs_and_gradients": "inputs_and_gradients"}
