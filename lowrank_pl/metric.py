@@ -114,6 +114,12 @@ class Metric:
         roots = [None if root is None else root.normalized(shrinkage) for root in (self.inputs, self.outputs)]
         return Metric(self.layer, roots[0], roots[1], self.sweeps)
 
+    def bounded(self, most: float) -> Metric:
+        """With no eigenvalue of its quadratic form above `most`: the root of that for A and B, where there are both."""
+        each = most**0.5 if self.inputs is not None and self.outputs is not None else most
+        roots = [None if root is None else root.bounded(each) for root in (self.inputs, self.outputs)]
+        return Metric(self.layer, roots[0], roots[1], self.sweeps)
+
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors."""
         return {name: root and vars(root).copy() for name, root in (("inputs", self.inputs), ("outputs", self.outputs))}

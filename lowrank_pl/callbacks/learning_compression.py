@@ -23,7 +23,7 @@ from lowrank_pl.callbacks.lc_warnings import (
     warn_of_learning_rate,
     warn_of_zeros,
 )
-from lowrank_pl.callbacks.learning_rate import clear_momentum_, start_l_step_
+from lowrank_pl.callbacks.learning_rate import clear_momentum_, start_l_step_, stiffest
 from lowrank_pl.callbacks.training_metric import MetricChoice
 from lowrank_pl.compression import Plan, write_weights_
 from lowrank_pl.costs import Cost, Latency, resolve_cost
@@ -173,7 +173,7 @@ class LearningCompression(CompressionCallback):
             )
             if self.trace is not None:
                 mu = self.schedule.mu0 if state is None else state.mu
-                state, _ = self._next_state(plan, mu, mu)
+                state, _ = self._next_state(trainer, plan, mu, mu)
         if state is None:  # nothing has been trained
             dense = dict.fromkeys((c.name for c in plan.compressions), DENSE)
             return Distortion(dense, plan.factor(dense), 0.0)
@@ -196,7 +196,7 @@ class LearningCompression(CompressionCallback):
 
     def _c_step(self, trainer: pl.Trainer, plan: Plan) -> CStep:
         j = 0 if self.state is None else self.state.steps
-        self.state, done = self._next_state(plan, self.schedule.mu(j), self.schedule.mu(j + 1))
+        self.state, done = self._next_state(trainer, plan, self.schedule.mu(j), self.schedule.mu(j + 1))
         self.last_step, self.epochs = trainer.global_step, 0
         converged = self.state.unchanged >= self.schedule.patience and done.gap < self.schedule.tolerance
         self.finished = self.state.steps >= self.schedule.steps or converged
@@ -215,13 +215,16 @@ class LearningCompression(CompressionCallback):
                 clear_momentum_(trainer)
         return done
 
-    def _next_state(self, plan: Plan, mu: float, next_mu: float) -> tuple[LCState, CStep]:
+    def _next_state(self, trainer: pl.Trainer, plan: Plan, mu: float, next_mu: float) -> tuple[LCState, CStep]:
         """The first process takes the C step, the others receive what came out."""
         metrics = self.metrics(plan)
 
         def step() -> tuple[LCState, CStep]:
             augmented = self.l_step.penalty == "augmented"
-            return c_step(plan, self.rule, self.state, mu, next_mu, self.normalize, augmented, self._normed, metrics)
+            return c_step(
+                plan, self.rule, self.state, mu, next_mu, self.normalize, augmented, self._normed, metrics,
+                stiffest(trainer, self.schedule.mu(self.schedule.steps - 1)),
+            )  # fmt: skip
 
         if not is_parallel():
             return step()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import pytorch_lightning as pl
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 
 def start_l_step_(trainer: pl.Trainer, decay: float, restart: bool) -> None:
@@ -30,6 +32,15 @@ def clear_momentum_(trainer: pl.Trainer) -> None:
     """Forget what the optimizers have gathered from gradients."""
     for optimizer in trainer.optimizers:
         optimizer.state.clear()
+
+
+def stiffest(trainer: pl.Trainer, mu: float) -> float:
+    """How many times as stiff as `mu/2 ||w||^2` a penalty may be for gradient descent at these learning rates.
+
+    Half of what it is stable at is left to the loss. At least 1; no bound for optimizers that divide by gradients.
+    """
+    share = max((stability(o, mu) for o in trainer.optimizers if isinstance(o, SGD)), default=0.0)
+    return max(0.5 / share, 1.0) if share else math.inf
 
 
 def stability(optimizer: Optimizer, mu: float) -> float:

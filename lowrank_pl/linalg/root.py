@@ -94,6 +94,18 @@ class Root:
         whole = mean * (1 + shrinkage)
         return Root(self.factor / whole.sqrt()[..., None, None], (self.floor + shrinkage * mean) / whole)
 
+    def bounded(self, most: float) -> Root:
+        """With no eigenvalue above `most`."""
+        if self.is_diagonal:
+            return Root(self.factor.clamp(max=most**0.5), None, True)
+        if self.floor is None:  # its columns are orthogonal, each as long as the root of an eigenvalue
+            values = self.factor.square().sum(-2, keepdim=True)
+            return Root(self.factor * (most / values).sqrt().clamp(max=1.0))
+        values, vectors = torch.linalg.eigh(self.factor.mT @ self.factor)
+        room = (most - self.floor).clamp(min=0.0).unsqueeze(-1)
+        kept = (room / values.clamp(min=torch.finfo(values.dtype).tiny)).sqrt().clamp(max=1.0)
+        return Root(self.factor @ (vectors * kept.unsqueeze(-2)), self.floor.clamp(max=most))
+
     def times(self, matrix: Tensor) -> Tensor:
         """`[..., m, n]` to `[..., m, k]`, whose products with each other are those of the matrix in A."""
         if self.is_diagonal:

@@ -15,6 +15,7 @@ write_weights_(plan, state.structures)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,7 +43,8 @@ class LCState:
     An anchor is `Theta + beta / mu`: the penalty is `mu/2 ||W - anchor||^2`, and the multipliers are
     `mu (anchor - Theta)`, so that neither beta nor a dense Theta is kept as well. `scales` multiply lambda layer by
     layer. `free` are the layers without a penalty. `unchanged` counts C steps since a rank last changed. `metrics` are
-    those of the norms above, for the layers that have one: they stay as they are until the next C step.
+    those of the norms above, for the layers that have one: they stay as they are until the next C step. None of their
+    eigenvalues is above `stiffest`.
     """
 
     mu: float
@@ -54,6 +56,7 @@ class LCState:
     free: tuple[str, ...] = ()
     unchanged: int = 0
     metrics: dict[str, Metric] = field(default_factory=dict)
+    stiffest: float = math.inf
 
     def beta(self, name: str) -> Tensor:
         """The multipliers of one layer, shaped as its weight."""
@@ -81,6 +84,7 @@ class LCState:
             "free": list(self.free),
             "unchanged": self.unchanged,
             "metrics": {name: metric.state_dict() for name, metric in self.metrics.items()},
+            "stiffest": self.stiffest,
         }
 
     @classmethod
@@ -107,6 +111,7 @@ class LCState:
             if own is not None:
                 metrics[c.name] = Metric.from_state_dict(c.layer, own, here)
         numbers = {key: values[key] for key in ("mu", "steps", "unchanged")}
+        numbers["stiffest"] = values.get("stiffest", math.inf)  # before 0.3 there was no bound
         return cls(
             choices=choices, structures=structures, anchors=anchors, scales=values["scales"],
             free=tuple(values["free"]), metrics=metrics, **numbers,
@@ -138,6 +143,7 @@ def c_step(
     augmented: bool = True,
     normed: Collection[str] = (),
     metrics: Mapping[str, Metric] | None = None,
+    stiffest: float = math.inf,
 ) -> tuple[LCState, CStep]:
     """Theta and the ranks that minimize `lambda C(r) + mu/2 ||W - Theta - beta/mu||^2`; then `beta -= mu (W - Theta)`
     and the anchors for an L step at `next_mu`.
@@ -148,11 +154,14 @@ def c_step(
     weights that are not finite.
 
     Norms are those of `metrics`, each with A and B of mean eigenvalue 1, so that mu keeps its meaning; Frobenius norms
-    without. beta is in units of weights: in a metric the multipliers of Algorithm 1 are `B beta A`.
+    without. beta is in units of weights: in a metric the multipliers of Algorithm 1 are `B beta A`. What is then above
+    `stiffest` is lowered to it: the penalty is so much stiffer than in Frobenius norm, and L steps by gradient descent
+    have to be stable. The first C step says how much, the others keep to that.
     """
     plan.check_finite()
     names = {c.name for c in plan.compressions}
-    own = {name: metric.normalized(SHRINKAGE) for name, metric in (metrics or {}).items() if name in names}
+    stiffest = stiffest if state is None else state.stiffest
+    own = {n: m.normalized(SHRINKAGE).bounded(stiffest) for n, m in (metrics or {}).items() if n in names}
     known = {c.name: state if state and state.knows(c) else None for c in plan.compressions}
     problems, scales = [], dict(state.scales) if state else {}
     for c in plan.compressions:
@@ -179,6 +188,7 @@ def c_step(
         free=tuple(name for name, step in steps.items() if step.free),
         unchanged=0 if changed or state is None else state.unchanged + 1,
         metrics=own,
+        stiffest=stiffest,
     )
     return after, _sum_up(list(steps.values()), lambda_)
 

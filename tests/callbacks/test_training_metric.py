@@ -1,6 +1,7 @@
 """Fits in the metric of what layers are given in training: against bare loops, resumed, in two processes."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -29,6 +30,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from lowrank_pl import CostBudget, DeepTwist, EnergyThreshold, FixedRank, LearningCompression, TrainingMetric
+from lowrank_pl.callbacks.learning_rate import stability
 
 EVERYWHERE = 64  # places: all that there are in these images
 KINDS = ("inputs", "inputs_and_gradients")
@@ -299,8 +301,17 @@ def test_batches_that_are_skipped(tmp_path):
     assert sums_of(callback).keys() == {"net.conv2", "net.fc1"}
 
 
-def test_a_penalty_that_is_too_stiff_is_warned_of(tmp_path):
-    """The same mu is far from too much in Frobenius norm."""
+def test_metrics_are_as_stiff_as_gradient_descent_can_bear(tmp_path, monkeypatch):
+    """At a mu that is far from too much in Frobenius norm, and with the metric as it is."""
+    callback = learn(mu0=1.0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*what gradient descent")
+        quiet_trainer(tmp_path, callback, max_steps=1).fit(Module(), loader())
+    (optimizer,) = callback._module.trainer.optimizers
+    largest = max(metric.largest for metric in callback.state.metrics.values())
+    assert 1 < largest == pytest.approx(callback.state.stiffest)
+    assert stability(optimizer, largest * callback.schedule.mu(callback.schedule.steps - 1)) == pytest.approx(0.5)
+    monkeypatch.setattr("lowrank_pl.callbacks.learning_compression.stiffest", lambda *_: math.inf)
     with pytest.warns(UserWarning, match="metric's largest eigenvalue, .* is .* of what gradient descent"):
         quiet_trainer(tmp_path, learn(mu0=1.0), max_steps=1).fit(Module(), loader())
 

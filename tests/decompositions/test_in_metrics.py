@@ -78,6 +78,26 @@ def test_squared_norm(name, kind):
 
 @each_kind
 @pytest.mark.parametrize("name", LAYERS)
+def test_bounded(name, kind):
+    """Against the eigenvalues of the whole matrices."""
+    spec = spec_of(make_layer(name)[0])
+    metric, a, b = make_metric(spec, kind)
+    for root, matrix in ((metric.inputs, a), (metric.outputs, b)):
+        if root is None:
+            continue
+        values, vectors = torch.linalg.eigh(matrix.expand_as(root.matrix))
+        most = float(values.median())
+        expected = vectors @ torch.diag_embed(values.clamp(max=most)) @ vectors.mT
+        size = {"rtol": 1e-5, "atol": 1e-5 * float(values.max())}
+        torch.testing.assert_close(root.bounded(most).matrix, expected, **size)
+        torch.testing.assert_close(root.bounded(2 * float(values.max())).matrix, root.matrix, **size)
+    found = metric.bounded(0.3)
+    assert found.largest <= 0.3 * (1 + 1e-9)
+    assert (found.inputs is None, found.outputs is None) == (metric.inputs is None, metric.outputs is None)
+
+
+@each_kind
+@pytest.mark.parametrize("name", LAYERS)
 def test_normalized(name, kind):
     """Against eigenvalues of the whole matrices; and what a checkpoint keeps of it is exact."""
     spec = spec_of(make_layer(name)[0])

@@ -150,6 +150,21 @@ def test_metrics_are_kept_exactly_until_the_next_c_step():
     assert LCState.from_dict(without, plan).metrics == {}  # of 0.2
 
 
+def test_the_first_c_step_says_how_stiff_metrics_may_be():
+    net, rule = double_net(), CostPenalty(300.0, "macs")
+    plan = plan_for(net, "svd", rule)
+    metrics, state = metrics_of(net, plan, gradients=False), None
+    for j in range(2):
+        state, _ = c_step(plan, rule, state, 0.3, 0.36, metrics=metrics, stiffest=2.0 + j)
+        state = LCState.from_dict(state.to_dict(plan), plan)
+        assert state.stiffest == 2.0
+        assert max(metric.largest for metric in state.metrics.values()) == pytest.approx(2.0)
+        for c in plan.compressions:
+            values, vectors = torch.linalg.eigh(dense(metrics[c.name].inputs))
+            expected = vectors @ torch.diag(values.clamp(max=2.0)) @ vectors.mT
+            torch.testing.assert_close(state.metrics[c.name].inputs.matrix[0], expected, rtol=1e-6, atol=1e-6)
+
+
 def test_metrics_without_preference_change_nothing():
     net, rule = double_net(), CostPenalty(30.0, "macs")
     plan, states = plan_for(net, "svd", rule), []
