@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import nn
 
 from lowrank_pl.adapters import find_maps
@@ -21,15 +23,18 @@ from lowrank_pl.methods.reconstruct import reconstruct as fit
 from lowrank_pl.methods.responses import Fitted, with_responses
 from lowrank_pl.planning import MethodChoice, RankChoice, make_plan
 from lowrank_pl.ranks import CostBudget, GreedyEnergy
-from lowrank_pl.samples import Samples
+from lowrank_pl.samples import HELD_OUT, Samples, by_keywords
 from lowrank_pl.structures import Structure
 from lowrank_pl.surgery import detached_copy
 from lowrank_pl.targets import Targets
 from lowrank_pl.tracing import Trace, count_inputs, record
 
+_UNHEARD = "what it is given is not known: nearest to the weights"
+
 MetricName: TypeAlias = Literal["weights", "inputs", "inputs_and_gradients"]
 
 
+@torch.inference_mode(False)
 def compress(
     model: nn.Module,
     method: MethodChoice = "tiled_svd",
@@ -45,10 +50,10 @@ def compress(
     """A deep copy of `model` in which every target is a module of factors; `model` itself is unchanged.
 
     `method`, `rank` (default `CompressionRatio(2.0)`) and `targets` as for `DeepTwist`. With `example_input` (a tensor,
-    a tuple of arguments, or `lowrank_pl.Call(kwargs=...)`, of `batch_size` inputs where its tensors do not
-    tell) the model runs once: layers that it never calls stay dense, "first" and "last" follow the order of running,
-    and the copy is verified on the layers' real inputs. Without it the order of registration counts, parameters of
-    modules that are no layers stay dense, and nobody knows of weights that other modules read.
+    a tuple of arguments, a mapping with names of arguments, or `lowrank_pl.Call(kwargs=...)`, of `batch_size` inputs
+    where its tensors do not tell) the model runs once: layers that it never calls stay dense, "first" and "last" follow
+    the order of running, and the copy is verified on the layers' real inputs. Without it the order of registration
+    counts, parameters of modules that are no layers stay dense, and nobody knows of weights that other modules read.
 
     `data`, a loader or a list of batches without or with labels, or `Samples(loader, ...)`, makes it look at what flows
     through the layers; its first batch serves as `example_input`. Ranks and factors are then nearest in the sense of
@@ -62,6 +67,7 @@ def compress(
     Layers that an earlier call has compressed stay as they are. Raises `RuntimeError` where the copy, as a whole or one
     of its layers, does not compute what the model with projected weights does.
     """
+    example_input = by_keywords(model, example_input)
     samples, own_input = _samples(data, reconstruct, metric, recalibrate_bn), example_input is not None
     if samples is not None and example_input is None and isinstance(model, nn.Module):
         example_input = first_call(model, samples)
@@ -71,13 +77,14 @@ def compress(
     if not plan.compressions and isinstance(rank, (CostBudget, GreedyEnergy)):
         words = "; ".join(dict.fromkeys(plan.dense.values())) or "it has no linear layer or convolution"
         raise ValueError(f"A budget of {rank.ratio:g} cannot be reached: no layer takes part ({words})")
+    unheard: set[str] = set()
     if samples is None:
         problems = plan.problems()
         choices = plan.choose_ranks(problems)
         fitted = Fitted(plan.factor(choices, problems), {})
     else:
-        choices, fitted = _fit(model, plan, samples, reconstruct, metric or "inputs")
-    notes = {c.name: c.note(choices[c.name]) for c in plan.compressions}
+        choices, fitted, unheard = _fit(model, plan, samples, reconstruct, metric or "inputs")
+    notes = {c.name: c.note(choices[c.name]) or (_UNHEARD if c.name in unheard else "") for c in plan.compressions}
     extracted = extract(model, plan, fitted.structures, notes, trace)
     getattr(extracted, RECORD)["responses"] = {name: asdict(each) for name, each in fitted.responses.items()}
     if example_input is not None:
@@ -91,8 +98,8 @@ def compress(
 
 def _fit(
     model: nn.Module, plan: Plan, samples: Samples, reconstruct: Mode | None, metric: MetricName
-) -> tuple[dict[str, Choice], Fitted]:
-    """Ranks and factors by the data."""
+) -> tuple[dict[str, Choice], Fitted, set[str]]:
+    """Ranks and factors by the data, and the layers of which it says nothing."""
     collected = collect(model, plan.compressions, samples)
     metrics = None if metric == "weights" else collected.metrics(plan, reconstruct is not None)
     if metric == "inputs_and_gradients" and metrics is not None:
@@ -100,8 +107,16 @@ def _fit(
     problems = plan.problems(metrics)
     choices = plan.choose_ranks(problems)
     if reconstruct is None:
-        return choices, with_responses(plan, plan.factor(choices, problems), collected)
-    return choices, fit(model, plan, choices, samples, reconstruct, collected)
+        fitted = with_responses(plan, plan.factor(choices, problems), collected)
+    else:
+        fitted = fit(model, plan, choices, samples, reconstruct, collected)
+    if fitted.responses and not collected.held:
+        warnings.warn(
+            f"`data` holds fewer than {HELD_OUT} batches, and none was held back: response errors are of the samples "
+            "that factors are fitted to, and too small",
+            stacklevel=4,
+        )
+    return choices, fitted, {c.name for c in plan.compressions} - collected.fitted.keys()
 
 
 def _record(model: nn.Module, example_input: Any, batch: int | None, samples: Samples | None) -> Trace:

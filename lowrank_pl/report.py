@@ -21,6 +21,7 @@ from lowrank_pl.adapters import LinearMap, find_maps, release_
 from lowrank_pl.compression import Row
 from lowrank_pl.extraction import RECORD
 from lowrank_pl.names import clean_name
+from lowrank_pl.samples import by_keywords
 from lowrank_pl.structures import Dense, Layout, layout_from_dict
 from lowrank_pl.surgery import detached_copy, is_same_computation, num_parameters
 from lowrank_pl.terminal import terminal
@@ -144,7 +145,11 @@ class Report:
     def _error_of(self, layer: LayerSize) -> list[str]:
         if not self._has_responses:
             return []
-        return ["" if layer.response is None else f"{100 * layer.response:.2g} %"]
+        return ["" if layer.response is None else _in_percent(layer.response)]
+
+
+def _in_percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
 
 
 _LAYER_COLUMNS = ("layer", "structure", "params", "to", "MACs", "to", "ms, batch 1 / 32", "to", "note")
@@ -159,10 +164,11 @@ def summarize(
 ) -> Report:
     """Count and time a network and its compressed copy side by side.
 
-    `example_input` is a batch (the argument, a tuple of arguments, or `lowrank_pl.Call(kwargs=...)`), on the
-    networks' device, of `batch_size` inputs, which is to be given where its tensors do not tell; MACs are counted by
-    PyTorch's own counter on its first input. Without it, or with `latency=False`, nothing is timed; else what fits into
-    memory and about a minute is, the networks first. Both networks are left as they were.
+    `example_input` is a batch (the argument, a tuple of arguments, a mapping with names of arguments, or
+    `lowrank_pl.Call(kwargs=...)`), on the networks' device, of `batch_size` inputs, which is to be given where its
+    tensors do not tell; MACs are counted by PyTorch's own counter on its first input. Without it, or with
+    `latency=False`, nothing is timed; else what fits into memory and about a minute is, the networks first. Both
+    networks are left as they were.
     """
     for argument, network in (("dense", dense), ("compressed", compressed)):
         if not isinstance(network, nn.Module):
@@ -177,6 +183,7 @@ def summarize(
         )
     if example_input is None:
         return summarize_layers(dense, compressed, Trace())
+    example_input = by_keywords(dense, example_input)
     call = replace(Call.of(example_input), batch=count_inputs(example_input, batch_size))
     watch = _Watch(latency)
     total = _measure((dense, compressed), call, watch)

@@ -28,7 +28,8 @@ class Samples:
 
     Of a batch that is a tuple or a list the first item is the network's input, of a mapping what its forward has names
     for, labels or not; `forward(model, batch)` says otherwise. Of each image or sequence at most `places` positions are
-    taken. Every sixth batch is held back, to measure errors on, and not counted. `loss(model, batch)` is needed where
+    taken. Every sixth batch is held back, to measure errors on, and not counted; at least one, where the loader has one
+    more than is needed. `loss(model, batch)` is needed where
     gradients are. Loaders that shuffle give the same batches in every pass, as far as PyTorch's random numbers decide;
     an iterator, which runs once, is refused.
     """
@@ -69,20 +70,23 @@ class Samples:
         own while it makes a batch, and the caller's in between. Raises `ValueError` where there is no batch."""
         states = [g.get_state() for g in self._generators]
         states[0] = torch.Generator().manual_seed(0).get_state()
-        seen, number = 0, 0
+        seen, number, is_any_held = 0, 0, False
         with self._in(states):
             batches = iter(self.loader)
-        while self.count is None or seen < self.count:
+        while not is_any_held or self.count is None or seen < self.count:
             with self._in(states):
                 batch = next(batches, _END)
             if batch is _END:
                 break
-            held = number % HELD_OUT == HELD_OUT - 1
+            held = number % HELD_OUT == HELD_OUT - 1 or (self.count is not None and seen >= self.count)
+            is_any_held = is_any_held or held
             yield number, held, batch
             number += 1
             seen += 0 if held or self.count is None else _size(batch)
         if number == 0:
-            raise ValueError("Expected argument `data` to hold batches but it is empty")
+            raise ValueError(
+                "Expected argument `data` to hold batches, in every pass, but it is empty (or can be gone through once)"
+            )
 
     @property
     def _generators(self) -> list[torch.Generator]:
@@ -130,18 +134,30 @@ def as_call(model: nn.Module, batch: Any) -> Call:
         batch = batch[0]
     if not isinstance(batch, Mapping):
         return Call((batch,))
-    written: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped takes anything
-    parameters = inspect.signature(written.forward).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return Call((), dict(batch))
-    known = {name: value for name, value in batch.items() if name in {p.name for p in parameters}}
-    if not known:
+    call = by_keywords(model, batch)
+    if not isinstance(call, Call):
+        names = ", ".join(p.name for p in _parameters(model))
         raise ValueError(
-            f"Expected batches of `data` with what {type(written).__name__}.forward takes "
-            f"({', '.join(p.name for p in parameters)}) but they hold {', '.join(map(str, batch))}: give "
-            "Samples(loader, forward=lambda model, batch: ...)"
+            f"Expected batches of `data` with what {type(model).__name__}.forward takes ({names}) but they hold "
+            f"{', '.join(map(str, batch))}: give Samples(loader, forward=lambda model, batch: ...)"
         )
-    return Call((), known)
+    return call
+
+
+def by_keywords(model: nn.Module, example: Any) -> Any:
+    """A mapping as a call with what the network's forward has names for, if there is any; all else as it is."""
+    if not isinstance(example, Mapping):
+        return example
+    parameters = _parameters(model)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return Call((), dict(example))
+    known = {name: value for name, value in example.items() if name in {p.name for p in parameters}}
+    return Call((), known) if known else example
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    written: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped takes anything
+    return list(inspect.signature(written.forward).parameters.values())
 
 
 def _length(loader: Iterable[Any]) -> int | None:

@@ -1,13 +1,24 @@
 """Where tables and lines are printed."""
 
 import sys
+from collections.abc import Iterable
+from typing import TypeVar
 
 from rich.console import Console
+from rich.progress import track
+
+T = TypeVar("T")
 
 
 def terminal() -> Console:
     """Standard output; 100 columns wide where that is no terminal. `:name:` in a path is no emoji."""
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100, emoji=False)
+
+
+def progress(items: Iterable[T], words: str, total: int | None = None) -> Iterable[T]:
+    """The same items, with a bar in a terminal."""
+    console = terminal()
+    return track(items, words, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def printable(text: str) -> str:

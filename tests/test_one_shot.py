@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from nets import Net, images
 from torch import nn
 
-from lowrank_pl import FixedRank, RankFraction, Targets, compress, load_compressed, save_compressed, summarize
+from lowrank_pl import FixedRank, RankFraction, Samples, Targets, compress, load_compressed, save_compressed, summarize
 from lowrank_pl.extraction import RECORD
+from lowrank_pl.methods.batch_norms import reestimate_batch_norms_
 from lowrank_pl.samples import as_call
 
 ALL = Targets(skip_first=False, skip_last=False, embeddings=True)
@@ -290,3 +291,100 @@ def test_batch_norms_are_estimated_again():
     assert out.norm.momentum == 0.3
     assert net.norm.num_batches_tracked == 0
     assert (out.idle.running_mean == 5).all()
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Linear(12, 16), nn.BatchNorm1d(16)
+        self.second, self.last = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.last(self.second(torch.relu(self.norm(self.first(x)))))
+
+
+def rows(count, size=10, width=12):
+    torch.manual_seed(1)
+    return list(torch.randn(count, width).split(size))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_nonlinear_behind_batch_norms_of_any_type(dtype):
+    net = Normed().to(dtype).eval()
+    small = fit(net, [x.to(dtype) for x in rows(140)], "nonlinear")
+    assert small(rows(4)[0].to(dtype)).dtype == dtype
+    in_float32 = responses(fit(Normed().eval(), rows(140), "nonlinear"))
+    for name, each in responses(small).items():
+        assert each["held_out"] == pytest.approx(in_float32[name]["held_out"], rel=1e-4 if dtype.itemsize == 8 else 0.3)
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(100, 32), nn.Linear(32, 4)
+
+    def forward(self, ids):
+        return self.head(self.table(ids))
+
+
+@pytest.mark.parametrize("places", [None, 5, 11])
+def test_embeddings_are_nearest_to_their_weights_and_say_so(places):
+    words = [torch.randint(100, (20, 12)) for _ in range(7)]
+    samples = Samples(words, places=places, loss=lambda model, ids: model(ids).square().mean())
+    small = compress(Words(), "svd", RankFraction(0.3), ALL, data=samples, metric="inputs_and_gradients")
+    plain = compress(Words(), "svd", RankFraction(0.3), ALL, example_input=words[0])
+    assert torch.equal(small.table(words[0]), plain.table(words[0]))
+    assert "not known" in getattr(small, RECORD)["notes"]["table"]
+    assert responses(small).keys() == {"head"}
+
+
+def test_errors_of_the_samples_themselves_are_warned_of():
+    with pytest.warns(UserWarning, match="fewer than 6 batches, and none was held back"):
+        small = compress(Normed().eval(), "svd", data=rows(40))
+    assert all(each["held_out"] is None for each in responses(small).values())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*held back")
+        small = compress(Normed().eval(), "svd", data=Samples(rows(40), count=30))
+    assert all(each["held_out"] is not None and each["samples"] == 30 for each in responses(small).values())
+
+
+def test_batch_norms_with_a_batch_of_one():
+    """Against moments of the batches; the third, of one, gives no variance."""
+    net, batches = Normed().eval(), rows(40)
+    reestimate_batch_norms_(net, Samples([*batches[:2], batches[0][:1], *batches[2:]]))
+    outputs = [net.first(x) for x in batches]
+    torch.testing.assert_close(net.norm.running_mean, torch.stack([y.mean(0) for y in outputs]).mean(0))
+    torch.testing.assert_close(net.norm.running_var, torch.stack([y.var(0) for y in outputs]).mean(0))
+    assert not any(module.training for module in net.modules())
+
+
+@pytest.mark.parametrize(
+    ("loss", "got"),
+    [
+        (lambda model, x: model(x), r"a tensor \[10, 3\]"),
+        (lambda model, x: model(x).sum().detach(), r"a tensor \[\] without a gradient"),
+        (lambda model, x: 1.0, "float"),
+        (lambda model, x: x["labels"], "Batch 0 of the data: the model does not run on it"),
+    ],
+)
+def test_losses_that_are_none(loss, got):
+    with pytest.raises(ValueError, match=f"(?s)Batch 0 of the data.*{got}|{got}"):
+        compress(Normed(), "svd", data=Samples(rows(70), loss=loss), metric="inputs_and_gradients")
+
+
+@pytest.mark.parametrize("mode", ["nonlinear", None])
+def test_in_inference_mode(mode):
+    given = {"metric": "inputs_and_gradients"} if mode is None else {}
+    samples = Samples(rows(140), loss=lambda model, x: model(x).square().mean())
+    expected = fit(Normed().eval(), samples, mode, **given)
+    with torch.inference_mode():
+        found = fit(Normed().eval(), samples, mode, **given)
+    assert torch.equal(found(rows(4)[0]), expected(rows(4)[0]))
+
+
+def test_mappings_are_keywords():
+    net, x = Words(), {"ids": torch.randint(100, (3, 5)), "labels": torch.zeros(3)}
+    small = compress(net, "svd", targets=ALL, example_input=x)
+    assert summarize(net, small, x).dense.macs == 5 * 32 * 4

@@ -113,15 +113,16 @@ def test_a_pass_that_fails_leaves_random_numbers_alone():
 
 def test_count_is_of_fitted_inputs_in_whole_batches():
     loader = list(torch.arange(100.0).view(50, 2).split(5))
-    numbers = lambda count: [number for number, _, _ in Samples(loader, count).batches()]  # noqa: E731
-    assert numbers(None) == list(range(10))
-    assert numbers(1) == numbers(5) == [0]
-    assert numbers(6) == [0, 1]
-    assert numbers(25) == [0, 1, 2, 3, 4]
-    assert numbers(26) == [0, 1, 2, 3, 4, 5, 6]  # the sixth is held back
+    held = lambda data, count: [held for _, held, _ in Samples(data, count).batches()]  # noqa: E731
+    assert held(loader, None) == [False] * 5 + [True] + [False] * 4
+    assert held(loader, 1) == held(loader, 5) == [False, True]  # at least one is held back
+    assert held(loader, 6) == [False] * 2 + [True]
+    assert held(loader, 25) == [False] * 5 + [True]
+    assert held(loader, 26) == [False] * 5 + [True, False]
+    assert held(loader[:5], 25) == held(loader[:5], None) == [False] * 5  # none is left to be
     detections = [[torch.rand(4, 3, 8, 8), [{"boxes": torch.rand(7, 4)}] * 4]] * 3
-    assert len(list(Samples(detections, 5).batches())) == 2
-    assert len(list(Samples([Call((X[:3],), {}, 2)] * 4, 5).batches())) == 3
+    assert held(detections, 5) == [False] * 2 + [True]
+    assert held([Call((X[:3],), {}, 2)] * 4, 5) == [False] * 3 + [True]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from lowrank_pl.metric import Metric
 from lowrank_pl.moments import Moments, draw, listening, warn_of_few
 from lowrank_pl.samples import Samples, as_call
 from lowrank_pl.surgery import detached_copy
+from lowrank_pl.terminal import progress
 from lowrank_pl.tracing import Call
 
 
@@ -33,7 +34,7 @@ class Collected:
     def metrics(self, plan: Plan, centred: bool = False) -> dict[str, Metric]:
         """The metric of what every target is given: of second moments, or of covariances where the bias can move."""
         found = {}
-        for c in plan.compressions:
+        for c in progress(plan.compressions, "Second moments"):
             m = self.fitted.get(c.name)
             if m is not None:
                 key = c.name, centred and moves_bias(c, m)
@@ -57,7 +58,7 @@ def collect(model: nn.Module, compressions: Sequence[Compression], samples: Samp
     ran: list[nn.Module] = []
     handles = [module.register_forward_pre_hook(lambda module, _: ran.append(module)) for module in model.modules()]
     with evaluated(model), listening(model, layers, hear):
-        for number, is_held, batch in samples.batches():
+        for number, is_held, batch in progress(samples.batches(), "Looking at data"):
             into = collected.held if is_held else collected.fitted
             with seeded(model, number):
                 samples.run(model, batch)

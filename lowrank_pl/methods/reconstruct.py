@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
-from rich.progress import track
 from torch import Tensor, nn
 
 from lowrank_pl.adapters import LinearMap, find_maps
@@ -34,7 +33,7 @@ from lowrank_pl.moments import Moments, draw, listening
 from lowrank_pl.samples import Samples
 from lowrank_pl.structures import Dense, Structure
 from lowrank_pl.surgery import detached_copy
-from lowrank_pl.terminal import terminal
+from lowrank_pl.terminal import progress
 from lowrank_pl.tracing import Following, what_follows
 
 Mode: TypeAlias = Literal["outputs", "asymmetric", "nonlinear"]
@@ -65,8 +64,7 @@ def reconstruct(
     dense, current = detached_copy(model), detached_copy(model)
     following = _following(dense, plan, samples) if mode == "nonlinear" else {}
     by_name = {c.name: c for c in plan.compressions}
-    console = terminal()
-    for name in track(plan.order, "Fitting layers", console=console, transient=True, disable=not console.is_terminal):
+    for name in progress(plan.order, "Fitting layers"):
         structure, response = _asymmetric(dense, current, by_name[name], choices[name], samples, following.get(name))
         fitted.structures[name] = structure
         if response is not None:

@@ -15,8 +15,8 @@ class Over(BaseException):
     """Ends a run early, past whatever `except Exception` there is in it."""
 
 
-class NotFinite(ValueError):
-    """Of a layer and a batch that it names."""
+class BatchError(ValueError):
+    """It names the batch that something is wrong with."""
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def named(name: str, number: int) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise NotFinite(f"Layer {name!r}, batch {number} of the data: {error}") from error
+        raise BatchError(f"Layer {name!r}, batch {number} of the data: {error}") from error
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def seeded(model: nn.Module, number: int) -> Iterator[None]:
         torch.cuda.default_generators[device.index].manual_seed(number)
     try:
         yield
-    except NotFinite:
+    except BatchError:
         raise
     except Exception as error:
         raise ValueError(

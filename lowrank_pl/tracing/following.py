@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowrank_pl.adapters import find_maps
 
@@ -84,7 +84,11 @@ def _is_elementwise(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _step(func: Any, args: Any, kwargs: Any) -> Following:
-    return lambda y: func(y.clone(), *args, **kwargs)  # a copy, since it may write to its argument
+    def step(y: Tensor) -> Tensor:
+        own_args, own_kwargs = tree_map_only(Tensor, lambda x: x.to(y.dtype), (args, kwargs))
+        return func(y.clone(), *own_args, **own_kwargs)  # type: ignore[no-any-return]  # a copy: it may write to it
+
+    return step
 
 
 def _chain(steps: list[Following]) -> Following:
