@@ -15,6 +15,7 @@ from lowrank_pl import (
     SVD,
     BlockSVD,
     FixedRank,
+    SeparableSVD,
     SpatialSVD,
     Targets,
     TiledSVD,
@@ -33,6 +34,7 @@ METHODS = [
     BlockSVD(4),
     SpatialSVD(),
     Tucker2(),
+    SeparableSVD(),
     TiledSVD(8, run="dense"),
     TiledSVD(8, run="factors"),
 ]

@@ -15,7 +15,7 @@ from cases import DECOMPOSITIONS, LAYERS, finals, make_layer, some_ranks, spec_o
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_pl.decompositions import DENSE, ZERO, Analysis, Choice, Decomposition, TiledSVD, Tucker2
+from lowrank_pl.decompositions import DENSE, ZERO, Analysis, Choice, Decomposition, SeparableSVD, TiledSVD, Tucker2
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import ConstantLayer, TiledLayer, as_operator, spec_of
 from lowrank_pl.ranks import RankProblem
@@ -484,6 +484,8 @@ def test_one_analysis_serves_the_spectrum_and_the_factors(decomposition, name, d
     if isinstance(decomposition, Tucker2):
         matrices = 2  # the unfoldings; then those that it iterates over
         assert len(iterations) >= 2 * len(ranks)
+    elif isinstance(decomposition, SeparableSVD):
+        matrices = 2 + len(ranks)  # that of output PCA, and the spatial ones: of all outputs, then of so many each time
     else:
         matrices = len(structures[0].tensors) // 2 if isinstance(structures[0].layout, Tiles) else 1  # one per region
         assert not iterations
