@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.decompositions import SVD, BlockSVD, Decomposition, SeparableSVD, SpatialSVD, TiledSVD, Tucker2
+from lowrank_pl.decompositions import CP, SVD, BlockSVD, Decomposition, SeparableSVD, SpatialSVD, TiledSVD, Tucker2
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
 from lowrank_pl.ranks import (
@@ -92,6 +92,7 @@ DECOMPOSITIONS: tuple[Decomposition, ...] = (
     SpatialSVD(),
     Tucker2(),
     SeparableSVD(),
+    CP(),
     TiledSVD(7),
     TiledSVD(64, run="dense"),
     TiledSVD(8, run="factors"),
@@ -141,7 +142,7 @@ def supports(decomposition: Decomposition, layer: nn.Module) -> bool:
         return isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
     if isinstance(decomposition, SeparableSVD):
         return ungrouped and isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
-    if isinstance(decomposition, Tucker2):
+    if isinstance(decomposition, Tucker2 | CP):
         return ungrouped and not isinstance(layer, nn.Linear)
     return True
 

@@ -12,6 +12,7 @@ from nets import Net, distance, images, weights
 from torch import nn
 
 from lowrank_pl import (
+    CP,
     SVD,
     BlockSVD,
     FixedRank,
@@ -35,6 +36,7 @@ METHODS = [
     SpatialSVD(),
     Tucker2(),
     SeparableSVD(),
+    CP(),
     TiledSVD(8, run="dense"),
     TiledSVD(8, run="factors"),
 ]
