@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lowrank_pl.linalg.svd import decompose, left_system, tail_energies
 
-SWEEPS, TOLERANCE = 100, 1e-5  # at most so many, until one gains less than this share of the error
+SWEEPS, TOLERANCE = 100, 1e-4  # at most so many, until one gains less than this share of the error
 BOUND = 10.0  # of the terms' squared norms together, in squared norms of the tensor
 PENALTY = 5e-3  # on them, times the share of the energy that is still missing
-LEAST_PENALTY = 1e-12  # at which the normal equations can still be solved
+LEAST_PENALTY = 1e-11  # at which the normal equations can still be solved
 EXACT = 1e-15  # a share of the energy that is rounding
 
 
@@ -41,6 +41,10 @@ class Terms:
         """Some of them."""
         return Terms(tuple(factor[:, :rank] for factor in self.factors))
 
+    def permuted(self, order: Sequence[int]) -> Terms:
+        """Those of the tensor with its modes in another order."""
+        return Terms(tuple(self.factors[mode] for mode in order))
+
     def balanced(self, scale: float = 1.0) -> Terms:
         """The same terms, times `scale`, with columns that are equally long in every mode."""
         lengths = [torch.linalg.vector_norm(factor, dim=0) for factor in self.factors]
@@ -53,25 +57,24 @@ def expand(tensor: Tensor) -> Terms:
     """A tensor as orthogonal terms, exactly, largest first: as many as the product of all its sizes but the largest.
 
     Singular triples of its slices along the two longest modes, in the bases of all others' singular vectors (the
-    higher-order SVD). As the dtype of the tensor tells digits, so does the route (see `svd`). Raises `ValueError` for
-    entries that are not finite.
+    higher-order SVD). Raises `ValueError` for entries that are not finite.
     """
-    order = sorted(range(tensor.dim()), key=lambda mode: -tensor.shape[mode])
-    core, bases = tensor.permute(order), []
+    wide = tensor if tensor.dtype == torch.float64 else tensor.float()  # which tells `svd` how many digits there are
+    order = _by_length(tensor)
+    core, bases = wide.permute(order), []
     for mode in range(2, core.dim()):
         basis = left_system(core.movedim(mode, 0).flatten(1))[1]
+        core = (core.double().movedim(mode, -1) @ basis).movedim(-1, mode).to(wide.dtype)
         bases.append(basis)
-        core = (core.double().movedim(mode, -1) @ basis).movedim(-1, mode).to(tensor.dtype)
     slices = core.reshape(*core.shape[:2], -1).permute(2, 0, 1)
     system = decompose(slices)
-    left, right = system.truncate(min(slices.shape[1:]))
-    place = torch.arange(len(slices), device=tensor.device).repeat_interleave(right.shape[1])
+    left, right = system.truncate(slices.shape[2])
+    place = torch.arange(len(slices), device=tensor.device).repeat_interleave(slices.shape[2])
+    places = torch.unravel_index(place, core.shape[2:]) if bases else ()
     factors = [left.transpose(1, 2).flatten(0, 1).mT, right.flatten(0, 1).mT]
-    for basis, at in zip(bases, torch.unravel_index(place, core.shape[2:]) if bases else (), strict=True):
-        factors.append(basis[:, at])
+    factors += [basis[:, at] for basis, at in zip(bases, places, strict=True)]
     largest = system.energies.flatten().argsort(descending=True, stable=True)
-    back = sorted(range(tensor.dim()), key=order.__getitem__)
-    return Terms(tuple(factors[i][:, largest] for i in back)).balanced()
+    return Terms(tuple(factor[:, largest] for factor in factors)).balanced().permuted(_inverse(order))
 
 
 def cp_als(tensor: Tensor, start: Terms, rank: int, restarts: int = 0, sweeps: int = SWEEPS) -> tuple[Terms, float]:
@@ -85,14 +88,16 @@ def cp_als(tensor: Tensor, start: Terms, rank: int, restarts: int = 0, sweeps: i
     first, energy = start.first(rank), float(tensor.double().square().sum())
     if energy == 0 or sum(size > 1 for size in tensor.shape) <= 2:  # of a matrix the largest terms are the best
         return first, float(start.tails[rank])
-    norm = energy**0.5
-    scaled, generator = tensor.double() / norm, torch.Generator().manual_seed(0)
-    starts = [first.balanced(1 / norm)]
+    norm, order, generator = energy**0.5, _by_length(tensor), torch.Generator().manual_seed(0)
+    scaled = tensor.double().permute(order) / norm
+    starts = [first.permuted(order).balanced(1 / norm)]
     for _ in range(restarts):
-        drawn = [torch.randn(n, rank, generator=generator, dtype=torch.float64) for n in tensor.shape]
-        starts.append(Terms((drawn[0].to(tensor.device) * 0, *(factor.to(tensor.device) for factor in drawn[1:]))))
-    best = min((_als(scaled, each, sweeps) for each in starts), key=lambda found: found.error)
-    return best.terms.balanced(norm), max(best.error, 0.0) * energy
+        drawn = [torch.randn(n, rank, generator=generator, dtype=torch.float64) for n in scaled.shape[1:]]
+        factors = [torch.zeros(len(scaled), rank, dtype=torch.float64), *drawn]  # the first is found before it is used
+        starts.append(Terms(tuple(factor.to(tensor.device) for factor in factors)))
+    found = [_fit(scaled, starts[0]), *(_als(scaled, each, sweeps) for each in starts)]
+    best = min(found, key=lambda each: each.error)
+    return best.terms.balanced(norm).permuted(_inverse(order)), max(best.error, 0.0) * energy
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,31 +140,31 @@ def _als(tensor: Tensor, start: Terms, sweeps: int) -> _Fit:
 
 
 def _sweep(tensor: Tensor, terms: Terms, penalty: float) -> _Fit:
-    """Every factor in turn, given the others; those of the shorter modes twice, which costs little."""
+    """Every factor in turn, given the others, of a tensor whose first two modes are its longest; the factors of the
+    other ones twice, which costs little."""
     factors = list(terms.factors)
     grams = [factor.mT @ factor for factor in factors]
-    modes = sorted(range(len(factors)), key=lambda mode: -tensor.shape[mode])
-    for mode, other in (modes[:2], modes[1::-1]):
-        partial = tensor.movedim((mode, other), (0, -1)) @ factors[other]  # [n, *short, R]
-        short = [factors[i] for i in sorted(modes[2:])]
-        factors[mode] = _solve(_contract(partial, short), grams, mode, penalty)
+
+    def update(mode: int, product: Tensor) -> None:
+        factors[mode] = _solve(product, [gram for i, gram in enumerate(grams) if i != mode], penalty)
         grams[mode] = factors[mode].mT @ factors[mode]
-        rest = (partial * factors[mode].view(-1, *[1] * len(short), factors[mode].shape[1])).sum(0)  # [*short, R]
-        for axis, i in enumerate(sorted(modes[2:])):
-            others = [factors[j] for j in sorted(modes[2:]) if j != i]
-            product = _contract(rest.movedim(axis, 0), others)
-            factors[i] = _solve(product, grams, i, penalty)
-            grams[i] = factors[i].mT @ factors[i]
-            last = product, factors[i]
+
+    for mode, other in ((0, 1), (1, 0)):
+        partial = tensor.movedim((mode, other), (0, -1)) @ factors[other]  # [n, *short, R]
+        update(mode, _contract(partial, factors[2:]))
+        rest = (partial * factors[mode].view(len(partial), *[1] * (tensor.dim() - 2), -1)).sum(0)  # [*short, R]
+        for i in range(2, tensor.dim()):
+            product = _contract(rest.movedim(i - 2, 0), [*factors[2:i], *factors[i + 1 :]])
+            update(i, product)
     overlap = _product(grams)
-    error = 1 - 2 * float((last[0] * last[1]).sum()) + float(overlap.sum())
+    error = 1 - 2 * float((product * factors[-1]).sum()) + float(overlap.sum())
     return _Fit(Terms(tuple(factors)).balanced(), error, float(overlap.diagonal().sum()))
 
 
-def _solve(product: Tensor, grams: Sequence[Tensor], mode: int, penalty: float) -> Tensor:
-    """The factor `[n, R]` of one mode: normal equations with a penalty on squared norms of terms, each equation in
-    units of its own diagonal."""
-    gram = _product([other for i, other in enumerate(grams) if i != mode])
+def _solve(product: Tensor, grams: Sequence[Tensor], penalty: float) -> Tensor:
+    """The factor `[n, R]` of one mode, from the Gram matrices of the others: normal equations with a penalty on squared
+    norms of terms, each equation in units of its own diagonal."""
+    gram = _product(grams)
     squares = gram.diagonal()
     unit = squares.where(squares > 0, 1.0).rsqrt()
     scaled = gram * unit * unit.unsqueeze(1)
@@ -183,3 +188,12 @@ def _fit(tensor: Tensor, terms: Terms) -> _Fit:
 
 def _product(matrices: Sequence[Tensor]) -> Tensor:
     return reduce(torch.mul, matrices)
+
+
+def _by_length(tensor: Tensor) -> list[int]:
+    """Its modes, the longest first."""
+    return sorted(range(tensor.dim()), key=lambda mode: -tensor.shape[mode])
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)

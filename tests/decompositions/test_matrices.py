@@ -8,7 +8,7 @@ import torch
 from cases import LAYERS, make_layer, some_ranks, supports
 from torch import nn
 
-from lowrank_pl.decompositions import SVD, BlockSVD, SeparableSVD, SpatialSVD, TiledSVD, Tucker2
+from lowrank_pl.decompositions import CP, SVD, BlockSVD, SeparableSVD, SpatialSVD, TiledSVD, Tucker2
 from lowrank_pl.layers import spec_of
 
 TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -176,6 +176,26 @@ DEPLOYED = [
         nn.ConvTranspose2d(16, 7, (3, 1), (2, 1), (1, 0), (1, 0)),
         nn.ConvTranspose2d(7, 4, (1, 3), (1, 2), (0, 1), (0, 1)),
         nn.Conv2d(4, 12, 1),
+    ]),
+    (CP(), CONVOLUTION, (7,), [
+        nn.Conv2d(16, 7, 1),
+        nn.Conv2d(7, 7, (3, 1), (2, 1), (1, 0), (1, 1), groups=7, padding_mode="reflect"),
+        nn.Conv2d(7, 7, (1, 5), (1, 1), (0, 2), (1, 2), groups=7, padding_mode="reflect"),
+        nn.Conv2d(7, 12, 1),
+    ]),
+    (CP(), UPSAMPLING, (7,), [
+        nn.Conv2d(16, 7, 1),
+        nn.ConvTranspose2d(7, 7, (3, 1), (2, 1), (1, 0), (1, 0), groups=7),
+        nn.ConvTranspose2d(7, 7, (1, 3), (1, 2), (0, 1), (0, 1), groups=7),
+        nn.Conv2d(7, 12, 1),
+    ]),
+    (CP(), nn.Conv2d(16, 12, (1, 5), stride=(2, 3), padding=(1, 2), padding_mode="circular"), (7,), [
+        nn.Conv2d(16, 7, 1, (2, 1), (1, 0), padding_mode="circular"),
+        nn.Conv2d(7, 7, (1, 5), (1, 3), (0, 2), groups=7, padding_mode="circular"),
+        nn.Conv2d(7, 12, 1),
+    ]),
+    (CP(), nn.Conv1d(16, 12, 5, stride=2), (7,), [
+        nn.Conv1d(16, 7, 1), nn.Conv1d(7, 7, 5, stride=2, groups=7), nn.Conv1d(7, 12, 1)
     ]),
     (Tucker2(), UPSAMPLING, (7, 4), [
         nn.Conv2d(16, 7, 1), nn.ConvTranspose2d(7, 4, 3, stride=2, padding=1, output_padding=1), nn.Conv2d(4, 12, 1)
