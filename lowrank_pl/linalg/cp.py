@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowrank_pl.linalg.svd import decompose, left_system, tail_energies
 
-SWEEPS, TOLERANCE = 100, 1e-4  # at most so many, until one gains less than this share of the error
+SWEEPS, TOLERANCE = 100, 1e-5  # at most so many, until one gains less than this share of the error
 BOUND = 10.0  # of the terms' squared norms together, in squared norms of the tensor
 PENALTY = 5e-3  # on them, times the share of the energy that is still missing
 LEAST_PENALTY = 1e-11  # at which the normal equations can still be solved
