@@ -10,7 +10,17 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
     from lowrank_pl.adapters import Adapter, Experts, LinearMap, ReshapedParameters, register_adapter
     from lowrank_pl.callbacks import DeepTwist, ExtractStructure, LearningCompression, LStep, MuSchedule, TrainingMetric
     from lowrank_pl.costs import Latency, Macs, Params
-    from lowrank_pl.decompositions import SVD, BlockSVD, Cheapest, FirstOf, SpatialSVD, TiledSVD, Tucker2
+    from lowrank_pl.decompositions import (
+        CP,
+        SVD,
+        BlockSVD,
+        Cheapest,
+        FirstOf,
+        SeparableSVD,
+        SpatialSVD,
+        TiledSVD,
+        Tucker2,
+    )
     from lowrank_pl.layer_spec import LayerSpec
     from lowrank_pl.one_shot import compress
     from lowrank_pl.planning import make_plan
@@ -47,7 +57,17 @@ _HOMES = {
     "lowrank_pl.layer_spec": ("LayerSpec",),
     "lowrank_pl.storage": ("load_compressed", "save_compressed"),
     "lowrank_pl.report": ("Report", "summarize"),
-    "lowrank_pl.decompositions": ("SVD", "BlockSVD", "Cheapest", "FirstOf", "SpatialSVD", "TiledSVD", "Tucker2"),
+    "lowrank_pl.decompositions": (
+        "CP",
+        "SVD",
+        "BlockSVD",
+        "Cheapest",
+        "FirstOf",
+        "SeparableSVD",
+        "SpatialSVD",
+        "TiledSVD",
+        "Tucker2",
+    ),
     "lowrank_pl.ranks": (
         "EVBMF",
         "CompressionRatio",
@@ -67,6 +87,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = "0.2.0"
 __all__ = [
+    "CP",
     "EVBMF",
     "SVD",
     "Adapter",
@@ -96,6 +117,7 @@ __all__ = [
     "Report",
     "ReshapedParameters",
     "Samples",
+    "SeparableSVD",
     "SpatialSVD",
     "Targets",
     "TiledSVD",

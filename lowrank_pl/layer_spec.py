@@ -83,6 +83,20 @@ class LayerSpec:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
+    def along(self, *axes: int) -> LayerSpec:
+        """The same along these axes of the kernel, and of size 1 along all others."""
+
+        def kept(sizes: tuple[int, ...], other: int) -> tuple[int, ...]:
+            return tuple(size if i in axes else other for i, size in enumerate(sizes))
+
+        return self.with_(
+            kernel=kept(self.kernel, 1),
+            stride=kept(self.stride, 1),
+            padding=self.padding if isinstance(self.padding, str) else kept(self.padding, 0),
+            dilation=kept(self.dilation, 1),
+            output_padding=kept(self.output_padding, 0),
+        )
+
     def then(self, out_channels: int, **changes: Any) -> LayerSpec:
         """The layer that follows this one: linear after linear, else a `1 x 1` convolution unless told otherwise."""
         ones, zeros = (1,) * len(self.kernel), (0,) * len(self.kernel)

@@ -62,6 +62,13 @@ class Metric:
             return self.inputs.repeated(math.prod(sizes)) if sizes else self.inputs
         return self.inputs.marginal((layer.in_channels // layer.groups, *layer.kernel), [0, *(1 + i for i in axes)])
 
+    def places(self, axis: int) -> Root | None:
+        """The root for the places along one kernel axis, summed up over all else: `[groups, size, size]`; None where
+        they weigh alike."""
+        if self.inputs is None or self.layer.kind == "conv_transpose":
+            return None
+        return self.inputs.marginal((self.layer.in_channels // self.layer.groups, *self.layer.kernel), [1 + axis])
+
     def rows(self, places: int = 1) -> Root | None:
         """The root for output channels, each at so many places: `[groups, T / groups * places, ...]`."""
         return self.outputs if self.outputs is None or places == 1 else self.outputs.repeated(places)

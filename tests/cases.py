@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.decompositions import SVD, BlockSVD, Decomposition, SpatialSVD, TiledSVD, Tucker2
+from lowrank_pl.decompositions import CP, SVD, BlockSVD, Decomposition, SeparableSVD, SpatialSVD, TiledSVD, Tucker2
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
 from lowrank_pl.ranks import (
@@ -91,6 +91,8 @@ DECOMPOSITIONS: tuple[Decomposition, ...] = (
     SVD(),
     SpatialSVD(),
     Tucker2(),
+    SeparableSVD(),
+    CP(),
     TiledSVD(7),
     TiledSVD(64, run="dense"),
     TiledSVD(8, run="factors"),
@@ -138,7 +140,9 @@ def supports(decomposition: Decomposition, layer: nn.Module) -> bool:
         return ungrouped
     if isinstance(decomposition, SpatialSVD):
         return isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
-    if isinstance(decomposition, Tucker2):
+    if isinstance(decomposition, SeparableSVD):
+        return ungrouped and isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+    if isinstance(decomposition, Tucker2 | CP):
         return ungrouped and not isinstance(layer, nn.Linear)
     return True
 

@@ -17,7 +17,8 @@ from lowrank_pl.models import CifarResNet, LeNet5
 EVERYTHING = Targets(skip_first=False, skip_last=False)
 IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 METHODS = {
-    "svd": "svd", "spatial_svd": "spatial_svd", "tucker2": "tucker2", "block_svd": BlockSVD(4),
+    "svd": "svd", "spatial_svd": "spatial_svd", "tucker2": "tucker2", "separable_svd": "separable_svd", "cp": "cp",
+    "block_svd": BlockSVD(4),
     "tiled_factors": TiledSVD(16, run="factors"), "tiled_dense": TiledSVD(16, run="dense"),
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowrank_pl import SVD, BlockSVD, FixedRank, SpatialSVD, Targets, TiledSVD, Tucker2, compress
+from lowrank_pl import CP, SVD, BlockSVD, FixedRank, SeparableSVD, SpatialSVD, Targets, TiledSVD, Tucker2, compress
 from lowrank_pl.data import Digits
 from lowrank_pl.decompositions import ZERO
 from lowrank_pl.models import LeNet300
@@ -19,6 +19,7 @@ from lowrank_pl.ranks import RankRule
 from lowrank_pl.runs import Training
 
 ALL = Targets(skip_first=False, skip_last=False)
+METHODS = [SVD(), SpatialSVD(), Tucker2(), SeparableSVD(), CP(), TiledSVD(tile=8), BlockSVD(channels=4)]
 LAYERS = {
     "linear": nn.Linear(24, 16),
     "convolution": nn.Conv2d(8, 16, 3, stride=2, padding=1),
@@ -35,7 +36,7 @@ class Zeros(RankRule):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("method", [SVD(), SpatialSVD(), Tucker2(), TiledSVD(tile=8), BlockSVD(channels=4)], ids=repr)
+@pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_squares_of_factors_are_those_of_the_dense_weight(layer, method):
     """With rank 3 throughout."""
     torch.manual_seed(0)

@@ -12,9 +12,11 @@ from nets import Net, distance, images, weights
 from torch import nn
 
 from lowrank_pl import (
+    CP,
     SVD,
     BlockSVD,
     FixedRank,
+    SeparableSVD,
     SpatialSVD,
     Targets,
     TiledSVD,
@@ -33,6 +35,8 @@ METHODS = [
     BlockSVD(4),
     SpatialSVD(),
     Tucker2(),
+    SeparableSVD(),
+    CP(),
     TiledSVD(8, run="dense"),
     TiledSVD(8, run="factors"),
 ]

@@ -3,13 +3,16 @@
 from lowrank_pl.decompositions.base import DENSE, ZERO, Analysis, Candidates, Choice, Decomposition
 from lowrank_pl.decompositions.block_svd import BlockSVD
 from lowrank_pl.decompositions.cheapest import Cheapest
+from lowrank_pl.decompositions.cp import CP
 from lowrank_pl.decompositions.first_of import FirstOf
+from lowrank_pl.decompositions.separable_svd import SeparableSVD
 from lowrank_pl.decompositions.spatial_svd import SpatialSVD
 from lowrank_pl.decompositions.svd import SVD
 from lowrank_pl.decompositions.tiled_svd import TiledSVD
 from lowrank_pl.decompositions.tucker2 import Tucker2
 
 __all__ = [
+    "CP",
     "DENSE",
     "SVD",
     "ZERO",
@@ -20,6 +23,7 @@ __all__ = [
     "Choice",
     "Decomposition",
     "FirstOf",
+    "SeparableSVD",
     "SpatialSVD",
     "TiledSVD",
     "Tucker2",

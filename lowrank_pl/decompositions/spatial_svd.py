@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 from torch import Tensor
 
@@ -33,13 +33,8 @@ class SpatialSVD(Decomposition):
         return (min(layer.out_channels * width, layer.in_channels * height) // layer.groups,)
 
     def layout(self, layer: LayerSpec, rank: Rank) -> Chain:
-        def axis(i: int) -> dict[str, Any]:
-            along = {name: _keep(getattr(layer, name), i, 1) for name in ("kernel", "stride", "dilation")}
-            padding = "same" if layer.padding == "same" else _keep(layer.padding, i, 0)
-            return {**along, "padding": padding, "output_padding": _keep(layer.output_padding, i, 0)}
-
-        columns = layer.with_(out_channels=rank[0] * layer.groups, **axis(0))
-        rows = layer.with_(in_channels=columns.out_channels, inputs=columns.outputs, **axis(1))
+        columns = layer.along(0).with_(out_channels=rank[0] * layer.groups)
+        rows = layer.along(1).with_(in_channels=columns.out_channels, inputs=columns.outputs)
         return Chain(layer, (columns, rows))
 
     def analyze(self, weight: Tensor, layer: LayerSpec, metric: Metric | None = None) -> Analysis:
@@ -56,8 +51,3 @@ def _arrange(layer: LayerSpec, layout: Layout, factors: list[tuple[Tensor, Tenso
     columns = right.reshape(layout.shapes()[0])  # [g r, S, d, 1]
     rows = left.unflatten(1, (-1, layer.kernel[1])).transpose(2, 3).flatten(0, 1)
     return [columns, rows.unsqueeze(2)]  # and [T, r, 1, d]
-
-
-def _keep(sizes: Any, i: int, other: int) -> tuple[int, int]:
-    """`sizes` along axis i, `other` along the other axis."""
-    return (sizes[0], other) if i == 0 else (other, sizes[1])

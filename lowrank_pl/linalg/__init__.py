@@ -1,5 +1,6 @@
 """Matrices and tensors in, matrices and tensors out."""
 
+from lowrank_pl.linalg.cp import Terms, cp_als, expand
 from lowrank_pl.linalg.evbmf import evb_rank
 from lowrank_pl.linalg.precision import product_dtype
 from lowrank_pl.linalg.regression import regress
@@ -18,8 +19,11 @@ from lowrank_pl.linalg.tucker import tucker2, unfold
 __all__ = [
     "Root",
     "SingularSystem",
+    "Terms",
+    "cp_als",
     "decompose",
     "evb_rank",
+    "expand",
     "leading_vectors",
     "left_system",
     "product_dtype",

@@ -22,7 +22,8 @@ class EVBMF(RankRule):
 
     Per entry of the rank, how many singular values stand out of the noise in the matrix that it truncates; for
     Tucker-2 as Kim et al. (ICLR 2016) choose ranks. Where a structure consists of several matrices (groups, blocks,
-    tiles) their mean spectrum counts. At least 1.
+    tiles) their mean spectrum counts. At least 1. Not made for CP, which truncates no matrix: the differences of its
+    measured errors stand for a spectrum there.
     """
 
     def __call__(

@@ -97,8 +97,12 @@ def _in_words(stage: LayerSpec) -> str:
 def _compose(first: Tensor, groups: int, second: Tensor, second_groups: int) -> tuple[Tensor, int]:
     """The operator of two convolutions in a row; along each axis one of them must have size 1.
 
-    Either both have the same groups, or the second has one: `[R, S/g, ...]` then `[T, R, ...]` is `[T, S, ...]`.
+    Either both have the same groups, or one of them has one: `[R, S/g, ...]` then `[T, R, ...]`, or `[R, S, ...]` then
+    `[T, R/g, ...]`, is `[T, S, ...]`.
     """
+    if groups == 1:
+        parts = second.unflatten(0, (second_groups, -1)), first.unflatten(0, (second_groups, -1))
+        return torch.einsum("gtr...,grs...->gts...", *parts).flatten(0, 1), 1
     blocks = first.unflatten(0, (groups, -1))
     if second_groups == groups:
         combined = torch.einsum("gtr...,grs...->gts...", second.unflatten(0, (groups, -1)), blocks)

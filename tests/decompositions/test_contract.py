@@ -15,7 +15,7 @@ from cases import DECOMPOSITIONS, LAYERS, finals, make_layer, some_ranks, spec_o
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_pl.decompositions import DENSE, ZERO, Analysis, Choice, Decomposition, TiledSVD, Tucker2
+from lowrank_pl.decompositions import CP, DENSE, ZERO, Analysis, Choice, Decomposition, SeparableSVD, TiledSVD, Tucker2
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import ConstantLayer, TiledLayer, as_operator, spec_of
 from lowrank_pl.ranks import RankProblem
@@ -147,7 +147,9 @@ def test_errors(decomposition, name):
         assert projected.dtype == layer.weight.dtype
         errors.append(float((layer.weight.detach() - projected).square().sum()))
         bound = sum(float(spectrum[r]) for spectrum, r in zip(spectra, rank, strict=True))
-        if len(rank) == 1:
+        if isinstance(decomposition, CP):  # no spectrum: measured at some ranks, and interpolated
+            assert -0.1 * energy <= errors[-1] - bound <= 0.1 * bound + 1e-12 * energy
+        elif len(rank) == 1:
             assert errors[-1] == pytest.approx(bound, abs=1e-12 * energy)
         else:
             assert errors[-1] <= bound + 1e-12 * energy
@@ -234,9 +236,11 @@ def test_not_finite(decomposition, name):
 def test_projecting_twice_changes_nothing(decomposition, name):
     layer, _ = make_layer(name)
     spec = spec_of(layer)
-    rank = middle(decomposition.full_rank(spec))
+    rank, tolerance = middle(decomposition.full_rank(spec)), 1e-12
+    if isinstance(decomposition, CP):  # whose iterations end before they have found many terms again
+        rank, tolerance = some_ranks(decomposition.full_rank(spec))[1], 1e-3
     once = decomposition.factor(layer.weight, spec, rank).reconstruct()
-    assert close(decomposition.factor(once, spec, rank).reconstruct(), once, 1e-12)
+    assert close(decomposition.factor(once, spec, rank).reconstruct(), once, tolerance)
 
 
 @each_pair
@@ -277,7 +281,7 @@ def test_float32(decomposition, name):
     assert close(module(x), dense(x), 1e-5)
     exact = decomposition.factor(layer.weight.double(), spec, middle(full)).reconstruct()
     error, optimum = ((layer.weight.double() - w.double()).norm() for w in (structure.reconstruct(), exact))
-    slack = 1e-3 if isinstance(decomposition, Tucker2) else 1e-6  # HOOI may stop elsewhere
+    slack = 1e-3 if isinstance(decomposition, Tucker2 | CP) else 1e-6  # iterations may stop elsewhere
     assert error <= (1 + slack) * optimum + 1e-6 * layer.weight.norm()
 
 
@@ -484,6 +488,10 @@ def test_one_analysis_serves_the_spectrum_and_the_factors(decomposition, name, d
     if isinstance(decomposition, Tucker2):
         matrices = 2  # the unfoldings; then those that it iterates over
         assert len(iterations) >= 2 * len(ranks)
+    elif isinstance(decomposition, CP):
+        matrices = 1 + sum(size > 1 for size in spec.kernel)  # the slices, and an unfolding for each other mode
+    elif isinstance(decomposition, SeparableSVD):
+        matrices = 2 + len(ranks)  # that of output PCA, and the spatial ones: of all outputs, then of so many each time
     else:
         matrices = len(structures[0].tensors) // 2 if isinstance(structures[0].layout, Tiles) else 1  # one per region
         assert not iterations
@@ -495,6 +503,8 @@ def test_one_analysis_serves_the_spectrum_and_the_factors(decomposition, name, d
         alone = decomposition.factor(layer.weight, spec, rank)
         assert all(map(torch.equal, structure.tensors, alone.tensors))
         error = float((layer.weight.detach().double() - structure.reconstruct(torch.float64)).square().sum())
+        if isinstance(decomposition, CP):
+            continue
         bound = sum(float(tail[r]) for tail, r in zip(errors, rank, strict=True))
         energy = float(errors[0][0])
         assert error <= bound * (1 + 1e-6) + (1e-12 if dtype == torch.float32 else 1e-20) * energy

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import DECOMPOSITIONS, LAYERS, make_layer, some_ranks, supports
 
-from lowrank_pl.decompositions import SVD
+from lowrank_pl.decompositions import CP, SVD, SeparableSVD
 from lowrank_pl.layers import as_operator, spec_of
 from lowrank_pl.linalg import Root
 from lowrank_pl.metric import Metric, grouped
@@ -159,7 +159,10 @@ def test_without_preference_it_is_frobenius(decomposition, name):
         for rank in some_ranks(decomposition.full_rank(spec)):
             ours, theirs = found.factor(rank).reconstruct(), plain.factor(rank).reconstruct()
             error = [float((weight - each).square().sum()) for each in (ours, theirs)]
-            assert error[0] == pytest.approx(error[1], rel=1e-6, abs=1e-12 * float(weight.square().sum()))
+            # separable SVD goes stage by stage, CP has a penalty, and in metrics the last factor is refitted then
+            least = 0.9 if isinstance(decomposition, SeparableSVD | CP) else 1 - 1e-6
+            slack = 1e-12 * float(plain.errors[0][0])
+            assert least * error[1] - slack <= error[0] <= (1 + 1e-6) * error[1] + slack
 
 
 @each_kind

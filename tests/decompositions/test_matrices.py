@@ -8,7 +8,7 @@ import torch
 from cases import LAYERS, make_layer, some_ranks, supports
 from torch import nn
 
-from lowrank_pl.decompositions import SVD, BlockSVD, SpatialSVD, TiledSVD, Tucker2
+from lowrank_pl.decompositions import CP, SVD, BlockSVD, SeparableSVD, SpatialSVD, TiledSVD, Tucker2
 from lowrank_pl.layers import spec_of
 
 TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -46,6 +46,16 @@ def project_spatial(weight, layer, rank):
         for t, s, y, x in np.ndindex(block.shape):
             result[t, s, y, x] = matrix[t * width + x, s * height + y]
     return projected
+
+
+def project_separable(weight, layer, columns, rows):
+    """The outputs' principal directions, then spatial SVD of what is left: at most `rows d` ranks."""
+    kernel = weight.swapaxes(0, 1) if isinstance(layer, TRANSPOSED) else weight
+    left, _, _ = np.linalg.svd(kernel.reshape(len(kernel), -1), full_matrices=False)
+    narrow = np.tensordot(left[:, :rows].T, kernel, 1)
+    spatial = project_spatial(np.ascontiguousarray(narrow), nn.Conv2d(kernel.shape[1], rows, 1), columns)
+    projected = np.tensordot(left[:, :rows], spatial, 1)
+    return projected.swapaxes(0, 1) if isinstance(layer, TRANSPOSED) else projected
 
 
 def cut(rows, columns, side):
@@ -96,6 +106,7 @@ def project_blocks(weight, layer, rank, channels):
 REFERENCES = [
     (SVD(), project_svd),
     (SpatialSVD(), project_spatial),
+    (SeparableSVD(), project_separable),
     *[(TiledSVD(k), lambda w, layer, r, k=k: project_tiles(w, layer, r, k)) for k in (1, 3, 7, 64)],
     *[(BlockSVD(c), lambda w, layer, r, c=c: project_blocks(w, layer, r, c)) for c in (1, 3, 5, 100)],
 ]
@@ -156,6 +167,36 @@ DEPLOYED = [
         nn.ConvTranspose2d(16, 7, (3, 1), (2, 1), (1, 0), (1, 0)),
         nn.ConvTranspose2d(7, 12, (1, 3), (1, 2), (0, 1), (0, 1)),
     ]),
+    (SeparableSVD(), CONVOLUTION, (7, 4), [
+        nn.Conv2d(16, 7, (3, 1), (2, 1), (1, 0), (1, 1), padding_mode="reflect"),
+        nn.Conv2d(7, 4, (1, 5), (1, 1), (0, 2), (1, 2), padding_mode="reflect"),
+        nn.Conv2d(4, 12, 1),
+    ]),
+    (SeparableSVD(), UPSAMPLING, (7, 4), [
+        nn.ConvTranspose2d(16, 7, (3, 1), (2, 1), (1, 0), (1, 0)),
+        nn.ConvTranspose2d(7, 4, (1, 3), (1, 2), (0, 1), (0, 1)),
+        nn.Conv2d(4, 12, 1),
+    ]),
+    (CP(), CONVOLUTION, (7,), [
+        nn.Conv2d(16, 7, 1),
+        nn.Conv2d(7, 7, (3, 1), (2, 1), (1, 0), (1, 1), groups=7, padding_mode="reflect"),
+        nn.Conv2d(7, 7, (1, 5), (1, 1), (0, 2), (1, 2), groups=7, padding_mode="reflect"),
+        nn.Conv2d(7, 12, 1),
+    ]),
+    (CP(), UPSAMPLING, (7,), [
+        nn.Conv2d(16, 7, 1),
+        nn.ConvTranspose2d(7, 7, (3, 1), (2, 1), (1, 0), (1, 0), groups=7),
+        nn.ConvTranspose2d(7, 7, (1, 3), (1, 2), (0, 1), (0, 1), groups=7),
+        nn.Conv2d(7, 12, 1),
+    ]),
+    (CP(), nn.Conv2d(16, 12, (1, 5), stride=(2, 3), padding=(1, 2), padding_mode="circular"), (7,), [
+        nn.Conv2d(16, 7, 1, (2, 1), (1, 0), padding_mode="circular"),
+        nn.Conv2d(7, 7, (1, 5), (1, 3), (0, 2), groups=7, padding_mode="circular"),
+        nn.Conv2d(7, 12, 1),
+    ]),
+    (CP(), nn.Conv1d(16, 12, 5, stride=2), (7,), [
+        nn.Conv1d(16, 7, 1), nn.Conv1d(7, 7, 5, stride=2, groups=7), nn.Conv1d(7, 12, 1)
+    ]),
     (Tucker2(), UPSAMPLING, (7, 4), [
         nn.Conv2d(16, 7, 1), nn.ConvTranspose2d(7, 4, 3, stride=2, padding=1, output_padding=1), nn.Conv2d(4, 12, 1)
     ]),
@@ -183,6 +224,33 @@ def test_deployed_layers(decomposition, layer, rank, expected):
         plain = [{k: tuple(v) if isinstance(v, list) else v for k, v in option.items()} for option in options]
         assert plain[0] == plain[1]
     assert [stage.bias is not None for stage in module] == [False] * (len(module) - 1) + [True]
+
+
+def descend(kernel, r, steps):
+    """Alternating gradient steps on `u` [S, height, r] and `v` [T, width, r], as a talk of Bulygin has them for
+    Jaderberg et al. (2014): `grad_u = sum_p (W - v u^T)^T v`, `grad_v = sum_q (W - v u^T) u`. Steps of 1 / L."""
+    generator = torch.Generator().manual_seed(0)
+    outputs, inputs, height, width = kernel.shape
+    u, v = (torch.randn(n, r, generator=generator).double().numpy() for n in (inputs * height, outputs * width))
+    matrix = kernel.transpose(0, 3, 1, 2).reshape(outputs * width, inputs * height)
+    for _ in range(steps):
+        u += (matrix - v @ u.T).T @ v / np.linalg.norm(v.T @ v, 2)
+        v += (matrix - v @ u.T) @ u / np.linalg.norm(u.T @ u, 2)
+    return float(np.square(matrix - v @ u.T).sum())
+
+
+@pytest.mark.parametrize("rank", [(3, 12), (9, 12), (9, 5), (13, 5), (1, 1)], ids=str)
+def test_gradient_descent_reaches_no_more(rank):
+    """The separable filters of the principal outputs, in closed form, are where the talk's gradients lead to."""
+    layer, _ = make_layer("conv2d")
+    spec, weight = spec_of(layer), layer.weight.detach()
+    error = float((weight - SeparableSVD().factor(weight, spec, rank).reconstruct()).square().sum())
+    left, _, _ = np.linalg.svd(weight.numpy().reshape(len(weight), -1), full_matrices=False)
+    narrow = np.tensordot(left[:, : rank[1]].T, weight.numpy(), 1)
+    lost = float(weight.square().sum()) - float(np.square(narrow).sum())
+    reached = lost + descend(narrow, rank[0], 3000)
+    assert error <= reached * (1 + 1e-12)
+    assert error == pytest.approx(reached, rel=1e-2)
 
 
 def test_blocks_of_linear_layers():
