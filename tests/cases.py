@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.decompositions import SVD, BlockSVD, Decomposition, SpatialSVD, TiledSVD, Tucker2
+from lowrank_pl.decompositions import SVD, BlockSVD, Decomposition, SpatialSVD, TensorTrain, TiledSVD, Tucker2
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
 from lowrank_pl.ranks import (
@@ -96,6 +97,9 @@ DECOMPOSITIONS: tuple[Decomposition, ...] = (
     TiledSVD(8, run="factors"),
     BlockSVD(5),
     BlockSVD(1),
+    TensorTrain(),
+    TensorTrain(((2, 1, 5), (2, 3, 2)), run="factors"),
+    TensorTrain(((3, 3, 2), (2, 3, 2)), run="dense"),
 )
 
 RULES = (
@@ -132,6 +136,13 @@ def finals(base: type) -> Iterator[type]:
 def supports(decomposition: Decomposition, layer: nn.Module) -> bool:
     """What the documentation promises."""
     ungrouped = getattr(layer, "groups", 1) == 1
+    if isinstance(decomposition, TensorTrain):
+        if not isinstance(layer, nn.Linear):
+            return False
+        sizes = layer.out_features, layer.in_features
+        if decomposition.shape is not None:
+            return tuple(map(prod, decomposition.shape)) == sizes
+        return any(n % i == 0 for n in sizes for i in range(2, n))
     if isinstance(decomposition, TiledSVD):
         return ungrouped or layer.groups not in (layer.in_channels, layer.out_channels)
     if isinstance(decomposition, BlockSVD):

@@ -6,6 +6,7 @@ from lowrank_pl.decompositions.cheapest import Cheapest
 from lowrank_pl.decompositions.first_of import FirstOf
 from lowrank_pl.decompositions.spatial_svd import SpatialSVD
 from lowrank_pl.decompositions.svd import SVD
+from lowrank_pl.decompositions.tensor_train import TensorTrain
 from lowrank_pl.decompositions.tiled_svd import TiledSVD
 from lowrank_pl.decompositions.tucker2 import Tucker2
 
@@ -21,6 +22,7 @@ __all__ = [
     "Decomposition",
     "FirstOf",
     "SpatialSVD",
+    "TensorTrain",
     "TiledSVD",
     "Tucker2",
 ]
