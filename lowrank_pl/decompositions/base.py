@@ -154,7 +154,10 @@ class Stagewise(Analysis):
         return self.decomposition.analyze(self.weight, self.layer)
 
     def _refitted(self, structure: Structure) -> Structure:
-        tensors = structure.layout.refit([x.double() for x in structure.tensors], self.weight.double(), self.metric)
+        exact = tuple(x.double() for x in structure.tensors)
+        tensors = structure.layout.refit(exact, self.weight.double(), self.metric)
+        if self._error(structure.with_tensors(tensors)) > self._error(structure.with_tensors(exact)):
+            tensors = exact  # some refits take all outputs to weigh alike
         for _ in range(self.metric.sweeps):
             tensors = sweep(structure.layout, tensors, self.weight, self.metric)
         return structure.with_tensors([x.to(self.weight.dtype) for x in tensors])
