@@ -37,7 +37,7 @@ class TensorTrain(Decomposition):
     `"dense"`; None: extraction measures both and takes the faster. For linear layers, unless both sizes are prime.
     """
 
-    shape: Shape | None = None
+    shape: tuple[tuple[int, ...], ...] | None = None
     run: Run | None = None
 
     def __post_init__(self) -> None:
@@ -54,11 +54,10 @@ class TensorTrain(Decomposition):
             return "needs a linear layer"
         if self.shape is None and _factored(layer.out_channels, layer.in_channels) is None:
             return f"needs a size with factors, which {layer.out_channels} x {layer.in_channels} has not"
-        sizes = self._factors(layer)
-        if tuple(map(math.prod, sizes)) != (layer.out_channels, layer.in_channels):
-            words = (f"{' * '.join(map(str, factors))} = {math.prod(factors)}" for factors in sizes)
-            named = f"needs {' outputs and '.join(words)} inputs, its `shape`"
-            return f"{named}, where the layer has {layer.out_channels} and {layer.in_channels}"
+        sizes = tuple(map(math.prod, self._factors(layer)))
+        if sizes != (layer.out_channels, layer.in_channels):
+            given = f"{layer.out_channels} and {layer.in_channels}"
+            return f"needs {sizes[0]} outputs and {sizes[1]} inputs, its `shape`, not {given}"
         return None
 
     def full_rank(self, layer: LayerSpec) -> Rank:
@@ -88,7 +87,8 @@ class TensorTrain(Decomposition):
         """Of the outputs and of the inputs."""
         found = self.shape or _factored(layer.out_channels, layer.in_channels)
         assert found is not None
-        return found
+        rows, columns = found
+        return rows, columns
 
 
 @final
