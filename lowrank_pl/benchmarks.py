@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -177,9 +177,10 @@ def tensor_train(repeats: int) -> list[Result]:
             layers = tensor_train_layers((4, 4, 4, 4, 4, 4), (2, 7, 8, 8, 7, 4), rank)
             for batch, goal in ((1, ">= 5"), (100, ">= 1")):
                 x = torch.randn(batch, layers[0].in_features)
-                ways = [partial(_seconds_of_calls, layer, x, max(10 // batch, 1)) for layer in reversed(layers)]
+                calls = max(10 // batch, 1)
+                dense, train = _in_turns([partial(_seconds_of_calls, layer, x, calls) for layer in layers], repeats)
                 name = f"dense layer / tensor train, 25088 x 4096, rank {rank}, batch {batch}, one thread"
-                results.append(_result(name, ("train", "dense"), *_in_turns(ways, repeats), goal))
+                results.append(_result(name, ("train", "dense"), train, dense, goal))
     finally:
         torch.set_num_threads(threads)
     return results
@@ -247,7 +248,7 @@ class _Clock(pl.Callback):
         self.seconds = time.perf_counter() - self._start
 
 
-def _in_turns(ways: list[Callable[[], float]], repeats: int) -> list[list[float]]:
+def _in_turns(ways: Sequence[Callable[[], float]], repeats: int) -> list[list[float]]:
     rounds = [[way() for way in ways] for _ in range(repeats)]
     return [list(times) for times in zip(*rounds, strict=True)]
 

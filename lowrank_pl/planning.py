@@ -89,7 +89,7 @@ def _check_named(methods: Mapping[str, Candidates], specs: Mapping[str, LayerSpe
         if reasons and all(reasons.values()):
             name, reason = next(iter(reasons.items()))
             raise ValueError(
-                f"Layer {name!r}: {type(method).__name__} {reason}; expected `method` to give it to a layer of its shape"
+                f"Layer {name!r}: {type(method).__name__} {reason}; expected `method` to give it to such layers"
             )
 
 

@@ -137,12 +137,7 @@ def supports(decomposition: Decomposition, layer: nn.Module) -> bool:
     """What the documentation promises."""
     ungrouped = getattr(layer, "groups", 1) == 1
     if isinstance(decomposition, TensorTrain):
-        if not isinstance(layer, nn.Linear):
-            return False
-        sizes = layer.out_features, layer.in_features
-        if decomposition.shape is not None:
-            return tuple(map(prod, decomposition.shape)) == sizes
-        return any(n % i == 0 for n in sizes for i in range(2, n))
+        return isinstance(layer, nn.Linear) and can_be_train(decomposition, layer)
     if isinstance(decomposition, TiledSVD):
         return ungrouped or layer.groups not in (layer.in_channels, layer.out_channels)
     if isinstance(decomposition, BlockSVD):
@@ -152,6 +147,14 @@ def supports(decomposition: Decomposition, layer: nn.Module) -> bool:
     if isinstance(decomposition, Tucker2):
         return ungrouped and not isinstance(layer, nn.Linear)
     return True
+
+
+def can_be_train(decomposition: TensorTrain, layer: nn.Linear) -> bool:
+    """Whether it is of the named shape, or not of two prime sizes."""
+    sizes = layer.out_features, layer.in_features
+    if decomposition.shape is not None:
+        return tuple(map(prod, decomposition.shape)) == sizes
+    return any(n % i == 0 for n in sizes for i in range(2, n))
 
 
 def make_layer(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:

@@ -17,6 +17,7 @@ from lowrank_pl import (
     FixedRank,
     SpatialSVD,
     Targets,
+    TensorTrain,
     TiledSVD,
     Tucker2,
     compress,
@@ -35,6 +36,8 @@ METHODS = [
     Tucker2(),
     TiledSVD(8, run="dense"),
     TiledSVD(8, run="factors"),
+    TensorTrain(run="dense"),
+    TensorTrain(run="factors"),
 ]
 
 

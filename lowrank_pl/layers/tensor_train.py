@@ -57,33 +57,38 @@ def weight_of_cores(cores: Sequence[Tensor]) -> Tensor:
     return product
 
 
-def contract(x: Tensor, cores: list[Tensor], bias: Tensor | None, from_last: bool) -> Tensor:
-    """`[..., S]` to `[..., T]`, in words that TorchScript knows.
+def strides(shapes: Sequence[CoreShape], from_last: bool) -> list[int]:
+    """Of the axis that each core is applied to, in the order of running: the columns, or from the last core on the
+    rows, of the cores behind it."""
+    axis = 1 if from_last else 2
+    found = [math.prod(shape[axis] for shape in shapes[k + 1 :]) for k in range(len(shapes))]
+    return found[::-1] if from_last else found
+
+
+def contract(x: Tensor, cores: list[Tensor], strides: list[int], from_last: bool) -> Tensor:
+    """`[..., S]` to `[vectors, ...]`, the outputs of all vectors one after another, in words that TorchScript knows.
 
     The numbers stand in memory as `[vectors, rows done, rank and columns of the core, columns to do]`, or from the last
     core on as `[vectors, columns to do, columns and rank of the core, rows done]`, so that nothing is ever moved.
     """
-    size, outputs = list(x.shape[:-1]), 1
-    for core in cores:
-        outputs *= core.shape[1]
-    rest = 1 if from_last else x.shape[-1]
-    for core in cores[::-1] if from_last else cores:
-        r, m, n, s = core.shape
-        if from_last:
-            matrix = core.reshape(r * m, n * s)
-        else:
-            matrix = core.permute(1, 3, 0, 2).reshape(m * s, r * n)
-            rest = rest // n
+    for core, stride in zip(cores[::-1] if from_last else cores, strides):  # noqa: B905 (TorchScript knows no `strict`)
+        matrix = (core if from_last else core.permute(1, 3, 0, 2)).flatten(2).flatten(0, 1)
         inputs = matrix.shape[1]
-        x = x.reshape(-1, inputs) @ matrix.t() if rest == 1 else matrix @ x.reshape(-1, inputs, rest)
-        if from_last:
-            rest *= m
+        x = x.reshape(-1, inputs) @ matrix.t() if stride == 1 else matrix @ x.reshape(-1, inputs, stride)
+    return x
+
+
+def multiply(
+    x: Tensor, cores: list[Tensor], strides: list[int], from_last: bool, outputs: int, bias: Tensor | None
+) -> Tensor:
+    """`[..., S]` to `[..., T]` by the cores, in words that TorchScript knows."""
+    size = list(x.shape[:-1])
     size.append(outputs)
-    y = x.reshape(size)
+    y = contract(x, cores, strides, from_last).reshape(size)
     return y if bias is None else y + bias.to(y.dtype)
 
 
-torch.fx.wrap("contract")  # which loops and branches, as torch.fx cannot follow
+torch.fx.wrap("multiply")  # which loops and branches, as torch.fx cannot follow
 
 
 class TTLayer(RebuildingLayer):
@@ -103,6 +108,7 @@ class TTLayer(RebuildingLayer):
         self.rows, self.columns, self.rank = tuple(rows), tuple(columns), rank
         shapes = core_shapes(rows, columns, rank)
         self._from_last, _ = core_products(shapes)
+        self._strides, self._outputs = strides(shapes, self._from_last), spec.out_channels
         self.cores = nn.ParameterList(torch.empty(shape) for shape in shapes)
         paths = math.prod(s for _, _, _, s in shapes)  # each entry of the weight is a sum of so many products
         for core in self.cores:
@@ -115,7 +121,7 @@ class TTLayer(RebuildingLayer):
         return weight_of_cores(self.factors()).squeeze(2)
 
     def multiply_vectors(self, x: Tensor) -> Tensor:
-        return contract(x, self.factors(), None, self._from_last)
+        return multiply(x, self.factors(), self._strides, self._from_last, self._outputs, None)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -129,7 +135,7 @@ class TTLayer(RebuildingLayer):
 
     def _by_cores(self, x: Tensor) -> Tensor:
         cores = [core for core in self.cores]
-        return contract(x, cores, self.bias, self._from_last)
+        return multiply(x, cores, self._strides, self._from_last, self._outputs, self.bias)
 
     def extra_repr(self) -> str:
         shape = " ".join(f"{m}x{n}" for m, n in zip(self.rows, self.columns, strict=True))

@@ -14,8 +14,8 @@ def tt_svd(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     Sci. Comput. 2011, algorithm 1).
 
     Tensor `[p_1, ..., p_d]`; `ranks` r_1 to r_(d-1), each at most that of its unfolding and `r_(k-1) p_k`. The squared
-    error is at most the sum of what truncating the unfoldings alone would cost, see `tt_tails`. Cores are balanced, as
-    the factors of an SVD are: with `sqrt(sigma)` on either side.
+    error is at most the sum of what truncating the unfoldings alone would cost, see `tt_tails`. Cores are balanced: as
+    the factors of an SVD with `sqrt(sigma)` on either side, and all of the same norm.
     """
     rest, before, cores = tensor.double(), tensor.new_ones(1, dtype=torch.float64), []
     for size, rank in zip(tensor.shape[:-1], ranks, strict=True):
@@ -28,7 +28,9 @@ def tt_svd(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
         cores.append(vectors.unflatten(0, (-1, size)) * scale / before[:, None, None])
         before = scale
     cores.append(rest.unsqueeze(2) / before[:, None, None])
-    return cores
+    norms = torch.stack([torch.linalg.vector_norm(core) for core in cores])
+    scales = (norms.log().mean().exp() / norms).where(norms[-1] > 0, 1.0)
+    return [core * scale for core, scale in zip(cores, scales, strict=True)]
 
 
 def tt_tails(tensor: Tensor) -> list[Tensor]:
