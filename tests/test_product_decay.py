@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowrank_pl import SVD, BlockSVD, FixedRank, SpatialSVD, Targets, TiledSVD, Tucker2, compress
+from lowrank_pl import SVD, BlockSVD, FixedRank, SpatialSVD, Targets, TensorTrain, TiledSVD, Tucker2, compress
 from lowrank_pl.data import Digits
 from lowrank_pl.decompositions import ZERO
 from lowrank_pl.models import LeNet300
@@ -35,7 +35,9 @@ class Zeros(RankRule):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("method", [SVD(), SpatialSVD(), Tucker2(), TiledSVD(tile=8), BlockSVD(channels=4)], ids=repr)
+@pytest.mark.parametrize(
+    "method", [SVD(), SpatialSVD(), Tucker2(), TiledSVD(tile=8), BlockSVD(channels=4), TensorTrain()], ids=repr
+)
 def test_squares_of_factors_are_those_of_the_dense_weight(layer, method):
     """With rank 3 throughout."""
     torch.manual_seed(0)
