@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
         FirstOf,
         SeparableSVD,
         SpatialSVD,
+        TensorTrain,
         TiledSVD,
         Tucker2,
     )
@@ -65,6 +66,7 @@ _HOMES = {
         "FirstOf",
         "SeparableSVD",
         "SpatialSVD",
+        "TensorTrain",
         "TiledSVD",
         "Tucker2",
     ),
@@ -120,6 +122,7 @@ __all__ = [
     "SeparableSVD",
     "SpatialSVD",
     "Targets",
+    "TensorTrain",
     "TiledSVD",
     "TrainingMetric",
     "Tucker2",

@@ -40,7 +40,7 @@ def make_plan(
     `method` and `rank` are a choice or a mapping from name patterns to choices, of which the first match wins. Of a
     list of methods a layer gets the first that is for its kind. With a trace, layers that never ran stay dense; with
     `training`, frozen ones do, but for those that had `joined` before. Raises `ValueError` for a pattern that matches
-    no layer.
+    no layer, and for a method that names the shape of its layers but gets none of them.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected argument `model` to be a module but got {model!r:.100}")
@@ -77,7 +77,20 @@ def make_plan(
             compressions.append(Compression(each, spec, own, rule))
         else:
             dense[name] = str(reason)
+    _check_named(methods, specs)
     return Plan(compressions, dense, specs, trace, frozen)
+
+
+def _check_named(methods: Mapping[str, Candidates], specs: Mapping[str, LayerSpec]) -> None:
+    """Raise `ValueError` for a method whose arguments are for layers of one shape, if it is given to others alone."""
+    for method in methods.values():
+        given = [name for name, spec in specs.items() if spec.num_weights and _first_match(methods, name) is method]
+        reasons = {name: method.unsupported(specs[name]) for name in given if method.names_its_layers}
+        if reasons and all(reasons.values()):
+            name, reason = next(iter(reasons.items()))
+            raise ValueError(
+                f"Layer {name!r}: {type(method).__name__} {reason}; expected `method` to give it to such layers"
+            )
 
 
 def _mismatch(name: str, layer: LayerSpec, method: Candidates | None, rule: RankRule | None) -> str | None:

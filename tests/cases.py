@@ -3,11 +3,22 @@
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.decompositions import CP, SVD, BlockSVD, Decomposition, SeparableSVD, SpatialSVD, TiledSVD, Tucker2
+from lowrank_pl.decompositions import (
+    CP,
+    SVD,
+    BlockSVD,
+    Decomposition,
+    SeparableSVD,
+    SpatialSVD,
+    TensorTrain,
+    TiledSVD,
+    Tucker2,
+)
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
 from lowrank_pl.ranks import (
@@ -98,6 +109,9 @@ DECOMPOSITIONS: tuple[Decomposition, ...] = (
     TiledSVD(8, run="factors"),
     BlockSVD(5),
     BlockSVD(1),
+    TensorTrain(),
+    TensorTrain(((2, 1, 5), (2, 3, 2)), run="factors"),
+    TensorTrain(((3, 3, 2), (2, 3, 2)), run="dense"),
 )
 
 RULES = (
@@ -134,6 +148,8 @@ def finals(base: type) -> Iterator[type]:
 def supports(decomposition: Decomposition, layer: nn.Module) -> bool:
     """What the documentation promises."""
     ungrouped = getattr(layer, "groups", 1) == 1
+    if isinstance(decomposition, TensorTrain):
+        return isinstance(layer, nn.Linear) and can_be_train(decomposition, layer)
     if isinstance(decomposition, TiledSVD):
         return ungrouped or layer.groups not in (layer.in_channels, layer.out_channels)
     if isinstance(decomposition, BlockSVD):
@@ -145,6 +161,14 @@ def supports(decomposition: Decomposition, layer: nn.Module) -> bool:
     if isinstance(decomposition, Tucker2 | CP):
         return ungrouped and not isinstance(layer, nn.Linear)
     return True
+
+
+def can_be_train(decomposition: TensorTrain, layer: nn.Linear) -> bool:
+    """Whether it is of the named shape, or not of two prime sizes."""
+    sizes = layer.out_features, layer.in_features
+    if decomposition.shape is not None:
+        return tuple(map(prod, decomposition.shape)) == sizes
+    return any(n % i == 0 for n in sizes for i in range(2, n))
 
 
 def make_layer(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:

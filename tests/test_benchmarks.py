@@ -15,6 +15,12 @@ def relative(a, b):
     return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
 
 
+def test_tensor_trains_agree():
+    dense, train = benchmarks.tensor_train_layers((4, 2, 3), (2, 7, 8), 3)
+    x = torch.randn(5, 112)
+    assert relative(train(x), dense(x)) < 1e-5
+
+
 def test_projections_agree():
     torch.manual_seed(0)
     plan = make_plan(LeNet5(), "svd")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_pl import BlockSVD, FixedRank, Targets, TiledSVD, compress
+from lowrank_pl import BlockSVD, FixedRank, Targets, TensorTrain, TiledSVD, compress
 from lowrank_pl.exporting import disagreement, export, load_exported
 from lowrank_pl.layers import ConstantLayer, spec_of
 from lowrank_pl.models import CifarResNet, LeNet5
@@ -20,6 +20,7 @@ METHODS = {
     "svd": "svd", "spatial_svd": "spatial_svd", "tucker2": "tucker2", "separable_svd": "separable_svd", "cp": "cp",
     "block_svd": BlockSVD(4),
     "tiled_factors": TiledSVD(16, run="factors"), "tiled_dense": TiledSVD(16, run="dense"),
+    "train_factors": TensorTrain(run="factors"), "train_dense": TensorTrain(run="dense"),
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from lowrank_pl import (
 from lowrank_pl.compression import write_weights_
 from lowrank_pl.decompositions import Choice
 from lowrank_pl.extraction import difference, extract
-from lowrank_pl.layers import FactorChain, TiledLayer
+from lowrank_pl.layers import FactorChain, TiledLayer, TTLayer
 from lowrank_pl.structures import Structure
 from lowrank_pl.tracing import Call, record
 
@@ -293,6 +293,20 @@ def test_both_ways_of_running_tiles_are_verified(monkeypatch, run):
     monkeypatch.setattr(TiledLayer, f"_forward_{run}", lambda self, x: original(self, x) * 1.001)
     with pytest.raises(RuntimeError, match="conv2"):
         compress(Net(), TiledSVD(8), RANK, example_input=X)
+
+
+@pytest.mark.parametrize("way", ["_by_cores", "dense_weight"])
+def test_both_ways_of_running_trains_are_verified(monkeypatch, way):
+    small = compress(Net(), "tensor_train", RANK, example_input=X)
+    assert isinstance(small.fc1, TTLayer)
+    assert (
+        notes(small)["fc1"]
+        == {"factors": "runs from its factors", "dense": "stored as factors, runs dense"}[small.fc1.run]
+    )
+    original = getattr(TTLayer, way)
+    monkeypatch.setattr(TTLayer, way, lambda self, *x: original(self, *x) * 1.001)
+    with pytest.raises(RuntimeError, match="fc1"):
+        compress(Net(), "tensor_train", RANK, example_input=X)
 
 
 def test_biases_are_verified(monkeypatch):

@@ -8,7 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowrank_pl import CP, SVD, BlockSVD, FixedRank, SeparableSVD, SpatialSVD, Targets, TiledSVD, Tucker2, compress
+from lowrank_pl import (
+    CP,
+    SVD,
+    BlockSVD,
+    FixedRank,
+    SeparableSVD,
+    SpatialSVD,
+    Targets,
+    TensorTrain,
+    TiledSVD,
+    Tucker2,
+    compress,
+)
 from lowrank_pl.data import Digits
 from lowrank_pl.decompositions import ZERO
 from lowrank_pl.models import LeNet300
@@ -19,7 +31,7 @@ from lowrank_pl.ranks import RankRule
 from lowrank_pl.runs import Training
 
 ALL = Targets(skip_first=False, skip_last=False)
-METHODS = [SVD(), SpatialSVD(), Tucker2(), SeparableSVD(), CP(), TiledSVD(tile=8), BlockSVD(channels=4)]
+METHODS = [SVD(), SpatialSVD(), Tucker2(), SeparableSVD(), CP(), TiledSVD(tile=8), BlockSVD(channels=4), TensorTrain()]
 LAYERS = {
     "linear": nn.Linear(24, 16),
     "convolution": nn.Conv2d(8, 16, 3, stride=2, padding=1),

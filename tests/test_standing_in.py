@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ import torch.nn.functional as F
 from nets import Net, images
 from torch import nn
 
-from lowrank_pl import FixedRank, Targets, TiledSVD, compress, load_compressed, save_compressed, summarize
+from lowrank_pl import FixedRank, Targets, TensorTrain, TiledSVD, compress, load_compressed, save_compressed, summarize
 from lowrank_pl.extraction import extract
-from lowrank_pl.layers import ConstantLayer, FactorChain, GroupedLinear, LazyWeight, TiledLayer
+from lowrank_pl.layers import ConstantLayer, FactorChain, GroupedLinear, LazyWeight, TiledLayer, TTLayer
 from lowrank_pl.planning import make_plan
 from lowrank_pl.structures import Constant
 
@@ -67,7 +68,9 @@ def test_reads_are_reads(read):
     assert isinstance(small.wo, nn.Linear)
 
 
-@pytest.mark.parametrize("method", ["svd", TiledSVD(8), TiledSVD(8, "factors")])
+@pytest.mark.parametrize(
+    "method", ["svd", TiledSVD(8), TiledSVD(8, "factors"), TensorTrain(), TensorTrain(None, "dense")]
+)
 def test_the_weight_of_factors_is_their_product(method):
     """Without an example nobody knows that a weight is read: what is read is right, and gradients reach factors."""
     net = nn.Sequential(nn.Linear(16, 32), nn.Conv2d(16, 8, 3))
@@ -228,15 +231,18 @@ def test_grouped_layers_in_other_front_ends(batch):
 
 @pytest.mark.parametrize("front", FRONT_ENDS)
 @pytest.mark.parametrize("run", ["dense", "factors"])
-def test_tiled_layers_in_other_front_ends(front, run, tmp_path):
-    small = compress(Net().eval(), TiledSVD(8, run), RANK, EVERYTHING)
+@pytest.mark.parametrize(
+    ("method", "kind"), [(partial(TiledSVD, 8), TiledLayer), (partial(TensorTrain, None), TTLayer)]
+)
+def test_rebuilding_layers_in_other_front_ends(front, run, method, kind, tmp_path):
+    small = compress(Net().eval(), method(run), RANK, EVERYTHING)
     kept = [type(child) for child in small.children()]
     with torch.no_grad():
         module = FRONT_ENDS[front](small)
         assert torch.allclose(module(X), small(X), atol=1e-6)
         assert torch.allclose(module(X[:1]), small(X[:1]), atol=1e-6)
     assert [type(child) for child in small.children()] == kept
-    assert TiledLayer in kept
+    assert kind in kept
     if front != "fx":
         module.save(tmp_path / "net.pt")
         assert torch.allclose(torch.jit.load(tmp_path / "net.pt")(X), small(X), atol=1e-6)

@@ -19,6 +19,7 @@ from lowrank_pl import (
     SeparableSVD,
     SpatialSVD,
     Targets,
+    TensorTrain,
     TiledSVD,
     Tucker2,
     compress,
@@ -39,6 +40,8 @@ METHODS = [
     CP(),
     TiledSVD(8, run="dense"),
     TiledSVD(8, run="factors"),
+    TensorTrain(run="dense"),
+    TensorTrain(run="factors"),
 ]
 
 

@@ -118,7 +118,7 @@ class Latency(StructureCost):
         analysis = decomposition.analyze(weight.detach(), layer)
         structures = [analysis.factor(rank) for rank in itertools.product(*grid)]
         # from its factors where it could also run dense: the dense layer's time is known
-        modules = [s.with_layout(s.layout.forms()[-1]).to_module(None) for s in structures]
+        modules = [s.with_layout(s.layout.of_factors()).to_module(None) for s in structures]
         times = np.reshape(self._measure(layer, modules), [len(axis) for axis in grid])
         for axis in range(times.ndim):
             times = np.maximum.accumulate(times, axis=axis)

@@ -8,6 +8,7 @@ from lowrank_pl.decompositions.first_of import FirstOf
 from lowrank_pl.decompositions.separable_svd import SeparableSVD
 from lowrank_pl.decompositions.spatial_svd import SpatialSVD
 from lowrank_pl.decompositions.svd import SVD
+from lowrank_pl.decompositions.tensor_train import TensorTrain
 from lowrank_pl.decompositions.tiled_svd import TiledSVD
 from lowrank_pl.decompositions.tucker2 import Tucker2
 
@@ -25,6 +26,7 @@ __all__ = [
     "FirstOf",
     "SeparableSVD",
     "SpatialSVD",
+    "TensorTrain",
     "TiledSVD",
     "Tucker2",
 ]

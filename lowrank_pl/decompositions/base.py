@@ -23,6 +23,11 @@ class Candidates(ABC):
     def unsupported(self, layer: LayerSpec) -> str | None:
         """Why this layer cannot be decomposed so; None if it can."""
 
+    @property
+    def names_its_layers(self) -> bool:
+        """Whether its arguments are for layers of one shape, so that it is a mistake if there are none."""
+        return False
+
     @abstractmethod
     def candidates(self, layer: LayerSpec) -> tuple[Decomposition, ...]:
         """The decompositions to choose among for this layer; at least one where it is supported."""
@@ -77,9 +82,9 @@ class Analysis(ABC):
     def errors(self) -> tuple[Tensor, ...]:
         """Per entry of the rank, the squared error that truncation costs: float64 `[full + 1]`, from rank 0 on.
 
-        Where the rank has several entries, the sum over them bounds the squared error of the projection from above. In
-        a metric they are exact for `SVD`, and estimates for all others (see `Stagewise`); the first is the squared norm
-        of the weight always.
+        Where the rank has several entries, the sum over them bounds the squared error of the projection from above, and
+        so does that of a tensor train. In a metric they are exact for `SVD`, and estimates for all others (see
+        `Stagewise`); the first is the squared norm of the weight always.
         """
 
     @abstractmethod
@@ -149,7 +154,10 @@ class Stagewise(Analysis):
         return self.decomposition.analyze(self.weight, self.layer)
 
     def _refitted(self, structure: Structure) -> Structure:
-        tensors = structure.layout.refit([x.double() for x in structure.tensors], self.weight.double(), self.metric)
+        exact = tuple(x.double() for x in structure.tensors)
+        tensors = structure.layout.refit(exact, self.weight.double(), self.metric)
+        if self._error(structure.with_tensors(tensors)) > self._error(structure.with_tensors(exact)):
+            tensors = exact  # some refits take all outputs to weigh alike
         for _ in range(self.metric.sweeps):
             tensors = sweep(structure.layout, tensors, self.weight, self.metric)
         return structure.with_tensors([x.to(self.weight.dtype) for x in tensors])

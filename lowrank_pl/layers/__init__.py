@@ -8,9 +8,19 @@ from lowrank_pl.layers.grouped_linear import GroupedLinear
 from lowrank_pl.layers.lazy_weight import Factors, LazyWeight, Made, Source
 from lowrank_pl.layers.lowering import lowered_inputs, lowered_outputs
 from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, heard_inputs, linear_of, spec_of
+from lowrank_pl.layers.rebuilding import RebuildingLayer, Run
 from lowrank_pl.layers.recurrent import SplitRecurrent, matrix_names, recurrent_inputs
 from lowrank_pl.layers.stacked_linear import StackedLinear
-from lowrank_pl.layers.tiled import Run, TiledLayer, factor_shapes, lowered, tile_regions, tile_side, weight_of_tiles
+from lowrank_pl.layers.tensor_train import (
+    MOST_CORES,
+    TTLayer,
+    bonds,
+    core_products,
+    core_shapes,
+    total_products,
+    weight_of_cores,
+)
+from lowrank_pl.layers.tiled import TiledLayer, factor_shapes, lowered, tile_regions, tile_side, weight_of_tiles
 
 # what compression puts into a network
 DEPLOYED = (
@@ -20,12 +30,14 @@ DEPLOYED = (
     FactoredExperts,
     FactoredParameter,
     GroupedLinear,
+    TTLayer,
     TiledLayer,
 )
 
 __all__ = [
     "DEPLOYED",
     "LAYER_TYPES",
+    "MOST_CORES",
     "ConstantLayer",
     "FactorChain",
     "FactoredEmbedding",
@@ -35,16 +47,21 @@ __all__ = [
     "GroupedLinear",
     "LazyWeight",
     "Made",
+    "RebuildingLayer",
     "Run",
     "Source",
     "SplitAttention",
     "SplitRecurrent",
     "StackedLinear",
+    "TTLayer",
     "TiledLayer",
     "as_operator",
     "as_stored",
     "attention_inputs",
+    "bonds",
     "build",
+    "core_products",
+    "core_shapes",
     "factor_shapes",
     "heard_inputs",
     "linear_of",
@@ -57,5 +74,7 @@ __all__ = [
     "tied",
     "tile_regions",
     "tile_side",
+    "total_products",
+    "weight_of_cores",
     "weight_of_tiles",
 ]

@@ -76,8 +76,9 @@ class FactoredParameter(StandIn):
     """A tensor of this shape, whose products with others go through the factors and which is made whole only where
     something else wants it.
 
-    `factors` is a `FactorChain` or `TiledLayer` of a linear layer, with a group for each matrix of the parameter. With
-    `whole` the parameter is another reshaping of their weight, complex ones from pairs of numbers, and is always made.
+    `factors` is a `FactorChain` or `RebuildingLayer` of a linear layer, with a group for each matrix of the parameter.
+    With `whole` the parameter is another reshaping of their weight, complex ones from pairs of numbers, and is always
+    made.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers.grouped_linear import grouped_linear
-from lowrank_pl.layers.lazy_weight import Made, weight_of_factors
 from lowrank_pl.layers.lowering import margins_of
+from lowrank_pl.layers.rebuilding import RebuildingLayer, Run
 
 _CONVS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
-Run = Literal["factors", "dense"]
 Grid = tuple["Slab", "Slab", Tensor, Tensor]  # a region's rows and columns, and its left and right factors
 
 
@@ -121,27 +120,22 @@ def portable(
 torch.fx.wrap("portable")  # which loops and branches, as torch.fx cannot follow
 
 
-class TiledLayer(nn.Module):
+class TiledLayer(RebuildingLayer):
     """A linear layer or convolution whose lowered weight is, in each of g groups, tiles of rank at most `rank`.
 
     Parameters per region of `tile_regions` with `m x n` tiles of `h x w`, rank `r = min(rank, h, w)`:
-    `left.i` `[g m, h, n r]` and `right.i` `[g n, m r, w]`. With `run="factors"` the layer multiplies by them (two
-    batched products, after im2col, or before col2im in transposed convolutions); with `run="dense"` it rebuilds the
-    weight once, when first used, and runs as the dense layer does: a small file at dense speed. Rebuilt whenever a
-    factor has changed. In `torch.jit.script` and `torch.fx` it runs dense, and rebuilds at every call.
+    `left.i` `[g m, h, n r]` and `right.i` `[g n, m r, w]`. Multiplying by them is two batched products, after im2col,
+    or before col2im in transposed convolutions. In `torch.jit.script` and `torch.fx` it runs dense, and rebuilds at
+    every call.
     """
 
-    __jit_unused_properties__ = ("weight",)  # for torch.jit.script
-
     def __init__(self, spec: LayerSpec, tile: int, rank: int, bias: bool, run: Run) -> None:
-        super().__init__()
-        self.spec, self.tile, self.rank = spec.with_(inputs=()), tile, rank
-        self.run: Run = run
+        super().__init__(spec, bias, run)
+        self.tile, self.rank = tile, rank
         self.regions = tile_regions(spec, tile)
         shapes = [factor_shapes(spec, region, rank) for region in self.regions]
         self.left = nn.ParameterList(torch.empty(left) for left, _ in shapes)
         self.right = nn.ParameterList(torch.empty(right) for _, right in shapes)
-        self.bias = nn.Parameter(torch.zeros(spec.out_channels)) if bias else None
         for factor in (*self.left, *self.right):
             nn.init.normal_(factor, std=(rank * spec.num_weights / spec.out_channels) ** -0.25)
         # lists of integers, as TorchScript keeps them, and none of them empty, since it could not tell the type
@@ -149,16 +143,11 @@ class TiledLayer(nn.Module):
         self._geometry = _geometry(spec, self._padding)
         self._groups, self._transposed = spec.groups, spec.kind == "conv_transpose"
         self._mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
-        self._dense: tuple[Any, Tensor] | None = None
 
-    @property
-    def weight(self) -> Tensor:
-        """`dense_weight`, made when its values are needed, for code that asks for its type or shape."""
-        layer = self._multiply_vectors if self.spec.kind == "linear" and self.run == "factors" else None
-        return weight_of_factors(self.left[0], self.spec.stored_shape, Made(self._weight, layer))
+    def factors(self) -> list[Tensor]:
+        return [factor for _, _, left, right in self._grids() for factor in (left, right)]
 
     def dense_weight(self) -> Tensor:
-        """The weight that the tiles make, as PyTorch stores it."""
         return weight_of_tiles(self.spec, self._grids())
 
     def _grids(self) -> list[Grid]:
@@ -196,26 +185,10 @@ class TiledLayer(nn.Module):
         y = _CONVS[axes](x, self._weight(), self.bias, spec.stride, padding, spec.dilation, spec.groups)
         return y
 
-    def _weight(self) -> Tensor:
-        factors = [factor for _, _, left, right in self._grids() for factor in (left, right)]
-        wants_grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
-        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        if wants_grad or traced or factors[0].is_inference():  # the last ones are without versions
-            return self.dense_weight()
-        key = [(factor.data_ptr(), factor._version) for factor in factors]
-        if self._dense is None or self._dense[0] != key:
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-                torch.autocast(factors[0].device.type, enabled=False),
-            ):
-                self._dense = key, self.dense_weight()
-        return self._dense[1]
-
     def _forward_factors(self, x: Tensor) -> Tensor:
         y: Tensor
         if self.spec.kind == "linear":
-            y = self._multiply_vectors(x)
+            y = self.multiply_vectors(x)
             return y if self.bias is None else y + self.bias.to(y.dtype)
         axes = len(self.spec.kernel)
         if x.dim() == axes + 1:
@@ -227,8 +200,7 @@ class TiledLayer(nn.Module):
             y = self._multiply(self._unfold(self._pad(x))).unflatten(2, size)
         return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, *[1] * axes)
 
-    def _multiply_vectors(self, x: Tensor) -> Tensor:
-        """`[..., S]` to `[..., T]`."""
+    def multiply_vectors(self, x: Tensor) -> Tensor:
         return self._multiply(x.reshape(1, -1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], self.spec.out_channels)
 
     def _multiply(self, columns: Tensor) -> Tensor:
@@ -268,14 +240,6 @@ class TiledLayer(nn.Module):
 
     def _pad(self, x: Tensor) -> Tensor:
         return F.pad(x, self._padding, mode=self._mode)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> TiledLayer:
-        self._dense = None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dense": None}  # copies and pickles carry the factors only
 
     def extra_repr(self) -> str:
         return (

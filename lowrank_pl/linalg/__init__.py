@@ -7,6 +7,7 @@ from lowrank_pl.linalg.regression import regress
 from lowrank_pl.linalg.root import Root
 from lowrank_pl.linalg.svd import (
     SingularSystem,
+    check_finite,
     decompose,
     leading_vectors,
     left_system,
@@ -14,12 +15,14 @@ from lowrank_pl.linalg.svd import (
     squared_norm,
     tail_energies,
 )
+from lowrank_pl.linalg.tensor_train import tt_svd, tt_tails
 from lowrank_pl.linalg.tucker import tucker2, unfold
 
 __all__ = [
     "Root",
     "SingularSystem",
     "Terms",
+    "check_finite",
     "cp_als",
     "decompose",
     "evb_rank",
@@ -31,6 +34,8 @@ __all__ = [
     "singular_energies",
     "squared_norm",
     "tail_energies",
+    "tt_svd",
+    "tt_tails",
     "tucker2",
     "unfold",
 ]

@@ -142,7 +142,7 @@ def _gram_eigh(matrix: Tensor, vectors: bool = True) -> tuple[Tensor, Tensor]:
     """Squared singular values `[..., m]` and left singular vectors `[..., m, m]`, largest first; without `vectors` an
     empty tensor in their place."""
     gram = _gram(matrix)
-    _check_finite(gram.diagonal(dim1=-2, dim2=-1))  # where every entry's square is summed up
+    check_finite(gram.diagonal(dim1=-2, dim2=-1))  # where every entry's square is summed up
     try:
         if vectors:
             values, basis = torch.linalg.eigh(gram)  # of the lower triangle, faster than of the upper one
@@ -173,7 +173,7 @@ def _left_gram_system(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _svd(matrix: Tensor, full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """`torch.linalg.svd`, and where that does not converge the other algorithm that the device has."""
-    _check_finite(matrix)
+    check_finite(matrix)
     try:
         left, singular, right = torch.linalg.svd(matrix, full_matrices=full)
     except LinAlgError:
@@ -186,7 +186,8 @@ def _svd(matrix: Tensor, full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     return left, singular, right
 
 
-def _check_finite(entries: Tensor) -> None:
+def check_finite(entries: Tensor) -> None:
+    """Raise `ValueError` for entries that are not finite."""
     if not torch.isfinite(entries.sum()):
         raise ValueError("Expected finite weights but found NaN or Inf; lower the learning rate or clip gradients")
 

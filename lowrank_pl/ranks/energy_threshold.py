@@ -20,7 +20,8 @@ from lowrank_pl.structures import Rank
 class EnergyThreshold(RankRule):
     """The smallest rank with `||W - W_r||_F <= (1 - p) ||W||_F`: baseline 2 of Idelbayev & Carreira-Perpinan (2020).
 
-    Where the rank has several entries (Tucker-2), the fewest weights among the ranks whose error bound keeps to it.
+    Where the rank has several entries (Tucker-2), the fewest weights among the ranks whose error bound keeps to it; of
+    a tensor train the smallest rank whose error bound does.
     """
 
     p: float

@@ -8,16 +8,20 @@ from lowrank_pl.structures.chain import Chain
 from lowrank_pl.structures.constant import Constant
 from lowrank_pl.structures.dense import Dense
 from lowrank_pl.structures.sweeps import sweep
+from lowrank_pl.structures.tensor_train import Cores
 from lowrank_pl.structures.tiles import Tiles
+from lowrank_pl.structures.two_forms import TwoForms
 
 __all__ = [
     "Chain",
     "Constant",
+    "Cores",
     "Dense",
     "Layout",
     "Rank",
     "Structure",
     "Tiles",
+    "TwoForms",
     "layout_from_dict",
     "sweep",
     "total_macs",
@@ -29,10 +33,11 @@ def layout_from_dict(values: Any, layer: LayerSpec) -> Layout:
 
     Raises `ValueError` for anything else, and for a layout that does not fit the layer.
     """
-    for kind in (Chain, Tiles, Constant, Dense):
+    for kind in (Chain, Tiles, Cores, Constant, Dense):
         layout = kind.from_dict(values, layer) if isinstance(values, dict) else None
         if layout is not None:
             return layout
     raise ValueError(
-        f"Expected a chain, tiles, a constant or a dense layer in place of {layer} but got {values!r:.200}"
+        "Expected a chain, tiles, a tensor train, a constant or a dense layer in place of "
+        f"{layer} but got {values!r:.200}"
     )

@@ -53,6 +53,10 @@ class Layout(ABC):
         """The ways in which the module can compute, of which a measurement may choose; the first one without."""
         return (self,)
 
+    def of_factors(self) -> Layout:
+        """The form that computes by its `stages`."""
+        return self
+
     @abstractmethod
     def build(self, bias: bool) -> nn.Module:
         """An empty module, to be filled by `parameters`."""

@@ -15,14 +15,12 @@ from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import Run, TiledLayer, factor_shapes, lowered, tile_regions, tile_side, weight_of_tiles
 from lowrank_pl.linalg import regress
 from lowrank_pl.metric import Metric, lowered_roots
-from lowrank_pl.structures.base import Layout, total_macs
-
-_NOTES = {"factors": "runs from its factors", "dense": "stored as factors, runs dense"}
+from lowrank_pl.structures.two_forms import NOTES, TwoForms
 
 
 @final
 @dataclass(frozen=True)
-class Tiles(Layout):
+class Tiles(TwoForms):
     """Square tiles of each group's lowered matrix at rank r: the left and right factors of `TiledLayer`, region by
     region, all left ones first.
 
@@ -48,8 +46,11 @@ class Tiles(Layout):
         return tuple(stages)
 
     @property
-    def macs(self) -> int | None:
-        return total_macs(self.stages) if self.run == "factors" else self.layer.macs
+    def unmeasured(self) -> Run:
+        return "dense"
+
+    def running(self, run: Run) -> Tiles:
+        return replace(self, run=run)
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         shapes = [factor_shapes(self.layer, region, self.rank) for region in tile_regions(self.layer, self.tile)]
@@ -61,11 +62,8 @@ class Tiles(Layout):
         grids = [(*region, left, right) for region, (left, right) in zip(regions, factors, strict=True)]
         return weight_of_tiles(self.layer, grids)
 
-    def forms(self) -> tuple[Layout, ...]:
-        return (self,) if self.run else (replace(self, run="dense"), replace(self, run="factors"))
-
     def build(self, bias: bool) -> nn.Module:
-        return TiledLayer(self.layer, self.tile, self.rank, bias, self.run or "dense")
+        return TiledLayer(self.layer, self.tile, self.rank, bias, self.run or self.unmeasured)
 
     def parameters(self, tensors: Sequence[Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         regions = len(tensors) // 2
@@ -109,18 +107,14 @@ class Tiles(Layout):
     def describe(self) -> str:
         return f"tiles of {self.tile}, rank {self.rank}"
 
-    @property
-    def note(self) -> str:
-        return _NOTES.get(self.run or "", "")
-
     def to_dict(self) -> dict[str, Any]:
         shape = {"layer": self.layer.to_dict(), "tile": self.tile, "rank": self.rank}
-        return {"kind": "tiles", **shape, "run": self.run or "dense"}
+        return {"kind": "tiles", **shape, "run": self.run or self.unmeasured}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], layer: LayerSpec) -> Tiles | None:
         """None where the tiles do not fit the layer. Raises `ValueError` where they are of something else."""
-        if values.get("kind") != "tiles" or values.get("run") not in tuple(_NOTES):
+        if values.get("kind") != "tiles" or values.get("run") not in tuple(NOTES):
             return None
         tile, rank, spec = values.get("tile"), values.get("rank"), LayerSpec.from_dict(values.get("layer"))
         if spec != layer.with_(inputs=(), share=1.0) or type(tile) is not int or type(rank) is not int:

@@ -15,11 +15,33 @@ from cases import DECOMPOSITIONS, LAYERS, finals, make_layer, some_ranks, spec_o
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_pl.decompositions import CP, DENSE, ZERO, Analysis, Choice, Decomposition, SeparableSVD, TiledSVD, Tucker2
+from lowrank_pl.decompositions import (
+    CP,
+    DENSE,
+    ZERO,
+    Analysis,
+    Choice,
+    Decomposition,
+    SeparableSVD,
+    TensorTrain,
+    TiledSVD,
+    Tucker2,
+)
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import ConstantLayer, TiledLayer, as_operator, spec_of
+from lowrank_pl.layers import ConstantLayer, RebuildingLayer, as_operator, spec_of
 from lowrank_pl.ranks import RankProblem
-from lowrank_pl.structures import Chain, Constant, Dense, Layout, Structure, Tiles, layout_from_dict, total_macs
+from lowrank_pl.structures import (
+    Chain,
+    Constant,
+    Cores,
+    Dense,
+    Layout,
+    Structure,
+    Tiles,
+    TwoForms,
+    layout_from_dict,
+    total_macs,
+)
 
 LINEAR = LayerSpec("linear", 8, 8)
 TILES = {"kind": "tiles", "tile": 4, "rank": 2, "run": "dense", "layer": LINEAR.to_dict()}
@@ -33,6 +55,10 @@ def middle(full):
     """A rank between the smallest and full."""
     ranks = some_ranks(full)
     return ranks[len(ranks) // 2]
+
+
+def shapes(decomposition, spec):
+    return decomposition.layout(spec, decomposition.full_rank(spec)).shapes()
 
 
 def close(actual, expected, tolerance):
@@ -74,7 +100,7 @@ def test_layouts_structures_and_analyses_are_final_and_frozen(kind):
 
 
 def test_every_layout_is_tested():
-    assert set(finals(Layout)) == {Chain, Constant, Dense, Tiles}
+    assert set(finals(Layout)) == {Chain, Constant, Cores, Dense, Tiles}
 
 
 @pytest.mark.parametrize(("decomposition", "name"), PAIRS, ids=lambda x: str(x).replace(" ", ""))
@@ -147,13 +173,15 @@ def test_errors(decomposition, name):
         assert projected.dtype == layer.weight.dtype
         errors.append(float((layer.weight.detach() - projected).square().sum()))
         bound = sum(float(spectrum[r]) for spectrum, r in zip(spectra, rank, strict=True))
+        truncations = len(shapes(decomposition, spec)) - 1 if isinstance(decomposition, TensorTrain) else len(rank)
         if isinstance(decomposition, CP):  # no spectrum: measured at some ranks, and interpolated
             assert -0.1 * energy <= errors[-1] - bound <= 0.1 * bound + 1e-12 * energy
-        elif len(rank) == 1:
+        elif truncations == 1:
             assert errors[-1] == pytest.approx(bound, abs=1e-12 * energy)
         else:
             assert errors[-1] <= bound + 1e-12 * energy
-            assert errors[-1] >= max(float(s[r]) for s, r in zip(spectra, rank, strict=True)) - 1e-12 * energy
+            largest = max(float(s[r]) for s, r in zip(spectra, rank, strict=True))
+            assert errors[-1] >= largest * len(rank) / truncations - 1e-12 * energy
     assert errors == sorted(errors, reverse=True) or max(errors) <= 1e-20 * energy
 
 
@@ -202,7 +230,7 @@ def test_macs(decomposition, name):
             with FlopCounterMode(display=False) as counter:
                 module(x[:1])
         assert structure.macs == counter.get_total_flops() // 2
-        if not isinstance(module, TiledLayer) or module.run == "factors":
+        if not isinstance(module, RebuildingLayer) or module.run == "factors":
             assert structure.macs == total_macs(decomposition.layout(spec, rank).stages)
     unseen = decomposition.factor(layer.weight, spec.with_(inputs=()), rank)
     assert unseen.macs is None
@@ -375,8 +403,8 @@ def test_stages_are_what_runs(decomposition, name):
     structure = decomposition.factor(layer.weight, spec, middle(decomposition.full_rank(spec)))
     layout = structure.layout
     assert sum(stage.num_weights for stage in layout.stages) == structure.num_weights
-    if isinstance(layout, Tiles):
-        module = structure.with_layout(dataclasses.replace(layout, run="factors")).to_module(None)
+    if isinstance(layout, TwoForms):
+        module = structure.with_layout(layout.of_factors()).to_module(None)
         assert total_macs(layout.stages) == counted(module, x[:1])
         return
     assert layout.stages[0].inputs == spec.inputs
@@ -480,6 +508,7 @@ def test_one_analysis_serves_the_spectrum_and_the_factors(decomposition, name, d
     for source in ("_gram_eigh", "_svd"):
         count(monkeypatch, f"lowrank_pl.linalg.svd.{source}", calls)
     count(monkeypatch, "lowrank_pl.linalg.tucker.leading_vectors", iterations)
+    count(monkeypatch, "lowrank_pl.linalg.tensor_train.leading_vectors", iterations)
     ranks = some_ranks(decomposition.full_rank(spec))
     problem = RankProblem(name, spec, decomposition, layer.weight.detach())
     errors = [error.clone() for error in problem.errors]
@@ -492,6 +521,9 @@ def test_one_analysis_serves_the_spectrum_and_the_factors(decomposition, name, d
         matrices = 1 + sum(size > 1 for size in spec.kernel)  # the slices, and an unfolding for each other mode
     elif isinstance(decomposition, SeparableSVD):
         matrices = 2 + len(ranks)  # that of output PCA, and the spatial ones: of all outputs, then of so many each time
+    elif isinstance(decomposition, TensorTrain):
+        matrices = len(structures[0].tensors) - 1  # the unfoldings; then what is left of them, core by core
+        assert len(iterations) == matrices * len(ranks)
     else:
         matrices = len(structures[0].tensors) // 2 if isinstance(structures[0].layout, Tiles) else 1  # one per region
         assert not iterations
@@ -508,7 +540,7 @@ def test_one_analysis_serves_the_spectrum_and_the_factors(decomposition, name, d
         bound = sum(float(tail[r]) for tail, r in zip(errors, rank, strict=True))
         energy = float(errors[0][0])
         assert error <= bound * (1 + 1e-6) + (1e-12 if dtype == torch.float32 else 1e-20) * energy
-        if len(rank) == 1:
+        if len(rank) == 1 and not isinstance(decomposition, TensorTrain):
             assert error == pytest.approx(bound, rel=1e-4, abs=1e-12 * energy)
 
 

@@ -8,6 +8,7 @@ import torch
 from cases import DECOMPOSITIONS, LAYERS, make_layer, some_ranks, supports
 
 from lowrank_pl.decompositions import CP, SVD, SeparableSVD
+from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import as_operator, spec_of
 from lowrank_pl.linalg import Root
 from lowrank_pl.metric import Metric, grouped
@@ -142,6 +143,22 @@ def test_projections(decomposition, name, kind):
     middle = some_ranks(full)[len(some_ranks(full)) // 2]
     again = decomposition.factor(weight, spec, middle, other).reconstruct()
     assert metric.squared_norm(analysis.factor(middle).reconstruct() - again) <= 1e-9 * energy
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS, ids=lambda x: str(x).replace(" ", ""))
+def test_never_worse_where_outputs_are_alike(decomposition):
+    """Moments of rank 3 and 4: refits that take outputs to weigh alike go far astray there."""
+    spec, generator = LayerSpec("linear", 12, 18), torch.Generator().manual_seed(1)
+    if decomposition.unsupported(spec):
+        pytest.skip("not for this layer")
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    for _ in range(10):
+        weight, x, g = draw(18, 12), draw(4, 12), draw(3, 18)
+        metric = Metric(spec, Root.of((x.mT @ x)[None]), Root.of((g.mT @ g)[None]))
+        found, plain = decomposition.analyze(weight, spec, metric), decomposition.analyze(weight, spec)
+        for rank in some_ranks(decomposition.full_rank(spec)):
+            errors = [metric.squared_norm(weight - each.factor(rank).reconstruct()) for each in (found, plain)]
+            assert errors[0] <= errors[1] * (1 + 1e-9) + 1e-10 * metric.squared_norm(weight)
 
 
 @each_pair

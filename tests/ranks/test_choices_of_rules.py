@@ -9,7 +9,7 @@ import torch
 from cases import DECOMPOSITIONS, LAYERS, make_layer, make_problem, supports
 from torch import nn
 
-from lowrank_pl.decompositions import SVD, Choice, TiledSVD, Tucker2
+from lowrank_pl.decompositions import SVD, Choice, TensorTrain, TiledSVD, Tucker2
 from lowrank_pl.layers import spec_of
 from lowrank_pl.models import VGG
 from lowrank_pl.ranks import CompressionRatio, EnergyThreshold, FixedRank, RankFraction, RankProblem
@@ -68,7 +68,7 @@ def test_energy_threshold(decomposition, name):
         projected = decomposition.factor(problem.weight, problem.layer, rank).reconstruct()
         return float((problem.weight - projected).norm())
 
-    if len(problem.full) > 1:
+    if len(problem.full) > 1 or isinstance(decomposition, TensorTrain):  # by a bound of the error
         for p in (0.05, 0.3, 0.6, 0.9):
             (choice,) = EnergyThreshold(p)([problem])
             assert choice.decomposition == decomposition
