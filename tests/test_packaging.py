@@ -33,6 +33,7 @@ LEVELS = [
     # 3: methods, no trainer
     {"planning", "methods"},
     {"extraction"},
+    {"norms"},
     {"one_shot", "storage", "report", "exporting", "product_decay"},
     {"evaluation"},
     # 4: Lightning

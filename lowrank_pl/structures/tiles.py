@@ -61,6 +61,10 @@ class Tiles(Layout):
         grids = [(*region, left, right) for region, (left, right) in zip(regions, factors, strict=True)]
         return weight_of_tiles(self.layer, grids)
 
+    def products(self) -> tuple[tuple[int, ...], ...]:
+        regions = len(tile_regions(self.layer, self.tile))
+        return tuple((i, regions + i) for i in range(regions))
+
     def forms(self) -> tuple[Layout, ...]:
         return (self,) if self.run else (replace(self, run="dense"), replace(self, run="factors"))
 
