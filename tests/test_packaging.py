@@ -34,7 +34,7 @@ LEVELS = [
     {"planning", "methods"},
     {"extraction"},
     {"norms"},
-    {"one_shot", "storage", "report", "exporting", "product_decay"},
+    {"one_shot", "storage", "report", "exporting", "product_decay", "speedups"},
     {"evaluation"},
     # 4: Lightning
     {"module", "models", "data", "schedules", "figures"},

@@ -158,7 +158,7 @@ def test_a_layer_that_starts_at_zero_stays_dense():
 
 def test_what_does_not_go_together_is_refused():
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    with pytest.raises(ValueError, match="Expected a `rank` that follows from shapes.* but got EnergyThreshold"):
+    with pytest.raises(ValueError, match=r"Expected a `rank` that follows from shapes.* but got EnergyThreshold"):
         from_scratch(net, "svd", {"0": FixedRank(2), "*": EnergyThreshold(0.9)}, ALL)
     with pytest.raises(ValueError, match="`norm_between` to be True or False but got 1"):
         from_scratch(net, "svd", FixedRank(2), ALL, norm_between=1)
