@@ -69,12 +69,16 @@ def draw_speedups(speedups: Sequence[Speedup], title: str, figure: Path) -> None
     for i, axes in enumerate(grid.flat):
         if i < len(shapes):
             _panel(axes, shapes[i], [each for each in shown if each.shape == shapes[i]], structures)
-            axes.xaxis.set_tick_params(labelbottom=i + columns >= len(shapes))
         else:
             axes.axis("off")
+        if i + columns >= len(shapes):
+            axes.xaxis.set_tick_params(labelbottom=True)
+            axes.set_xlabel("theoretical speed-up (multiply-adds)", fontsize=7)
+        if i % columns == 0:
+            axes.set_ylabel("measured speed-up", fontsize=7)
+    measured = [1.0, *(each.measured for each in shown)]  # and not how far they spread
+    grid[0, 0].set_ylim(min(measured) / 1.3, max(measured) * 1.3)
     canvas.suptitle(title, fontsize=8)
-    canvas.supxlabel("theoretical speed-up (multiply-adds)", fontsize=8)
-    canvas.supylabel("measured speed-up", fontsize=8)
     handles = {label: line for axes in grid.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     canvas.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 2 * columns), fontsize=7,
@@ -98,20 +102,20 @@ def _panel(axes: Any, shape: Shape, speedups: Sequence[Speedup], structures: Seq
             [each.theoretical for each in own], [each.measured for each in own], yerr=spread, label=structure,
             color=f"C{i % 10}", marker=_MARKERS[i % len(_MARKERS)], markersize=3.2, linewidth=1, elinewidth=0.7,
         )  # fmt: skip
-    axes.axline((1, 1), (2, 2), color="0.5", linewidth=0.8, linestyle="--", zorder=0)
+    axes.axline((1, 1), (2, 2), color="0.5", linewidth=0.8, linestyle="--", zorder=0, label="measured = theoretical")
     axes.axhline(1, color="0.5", linewidth=0.8, zorder=0)
     axes.set(xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(FixedLocator([2.0**k for k in range(-10, 11)]))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value >= 1 else f"1/{1 / value:g}"))
         axis.set_minor_locator(NullLocator())
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.25, linewidth=0.6)
-    times = f" (x {len(shape.names)})" if len(shape.names) > 1 else ""
+    alike = f" and {len(shape.names) - 1} alike" if len(shape.names) > 1 else ""
     layer = shape.layer
     where = f", {size_of(layer)}" if layer.kernel else ""
     words = f"{kernel_of(layer)}, {layer.in_channels} > {layer.out_channels}{where}"
-    axes.set_title(f"{shape.names[0]}{times}\n{words}", fontsize=7)
+    axes.set_title(f"{shape.names[0]}{alike}\n{words}", fontsize=7)
 
 
 def _write(canvas: Figure, figure: Path, dpi: int) -> None:

@@ -39,6 +39,8 @@ has a line for every rank (rewritten as it goes, so that what was measured is ke
 panel for each of the six most costly shapes. Close what else runs on the machine.
 """
 
+_DEFAULT = "resnet20"
+
 
 def main() -> None:
     """Build the network, time its layers and write the table and the figure."""
@@ -93,7 +95,7 @@ def _given() -> argparse.Namespace:
         if not re.match(r"\+?model(=|\.net\.\w+=)", word):
             parser.error(f"expected model=MODEL and model.net.KEY=VALUE but got {word!r}")
     words = dict(word.split("=", 1) for word in given.words)
-    given.name = words.get("model.net.name", words.get("model", "resnet20"))
+    given.name = words.get("model.net.name", words.get("model", _DEFAULT))
     given.out = (given.out or Path("charts") / f"{given.name}-batch{given.batch}").absolute()
     return given
 
@@ -101,7 +103,7 @@ def _given() -> argparse.Namespace:
 def _network(given: argparse.Namespace) -> tuple[nn.Module, Sequence[int]]:
     """What the words ask for, and the shape of its images."""
     configs: list[DictConfig] = []
-    check_words(given.words, "train", check=lambda config, keys: configs.append(config))
+    check_words(given.words or [f"model={_DEFAULT}"], "train", check=lambda config, keys: configs.append(config))
     make: Any = instantiate(configs[0].model.net, _partial_=True, _convert_="all")
     known = inspect.signature(make.func).parameters.get("input_shape")
     shape = given.input or getattr(known, "default", inspect.Parameter.empty)
