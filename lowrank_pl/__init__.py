@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
         Tucker2,
     )
     from lowrank_pl.layer_spec import LayerSpec
-    from lowrank_pl.one_shot import compress
+    from lowrank_pl.norms import fold_norms_
+    from lowrank_pl.one_shot import compress, from_scratch
     from lowrank_pl.planning import make_plan
     from lowrank_pl.ranks import (
         EVBMF,
@@ -53,9 +54,10 @@ _HOMES = {
         "TrainingMetric",
     ),
     "lowrank_pl.planning": ("make_plan",),
-    "lowrank_pl.one_shot": ("compress",),
+    "lowrank_pl.one_shot": ("compress", "from_scratch"),
     "lowrank_pl.samples": ("Samples",),
     "lowrank_pl.layer_spec": ("LayerSpec",),
+    "lowrank_pl.norms": ("fold_norms_",),
     "lowrank_pl.storage": ("load_compressed", "save_compressed"),
     "lowrank_pl.report": ("Report", "summarize"),
     "lowrank_pl.decompositions": (
@@ -128,6 +130,8 @@ __all__ = [
     "Tucker2",
     "__version__",
     "compress",
+    "fold_norms_",
+    "from_scratch",
     "load_compressed",
     "make_plan",
     "register_adapter",

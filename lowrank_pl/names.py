@@ -29,7 +29,7 @@ def _one(choice: Any, base: type[T], argument: str, several: Callable[..., T] | 
         return choice
     if several is not None and isinstance(choice, (list, tuple)):
         return several(*choice)
-    known = {snake_case(kind.__name__): kind for kind in _finals(base)}
+    known = kinds_of(base)
     if not isinstance(choice, str):
         raise TypeError(
             f"Expected argument `{argument}` to be a {base.__name__} (or a mapping of name patterns to them), such as "
@@ -41,6 +41,11 @@ def _one(choice: Any, base: type[T], argument: str, several: Callable[..., T] | 
         return known[choice]()
     except TypeError as error:
         raise ValueError(f"`{argument}` {choice!r} needs arguments: use {known[choice].__name__}(...)") from error
+
+
+def kinds_of(base: type[T]) -> dict[str, type[T]]:
+    """The subclasses that are not abstract, by their snake-case names."""
+    return {snake_case(kind.__name__): kind for kind in _finals(base)}
 
 
 def _finals(base: type[T]) -> Iterator[type[T]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -17,11 +17,13 @@ from lowrank_pl.decompositions import Choice
 from lowrank_pl.extraction import RECORD, difference, extract
 from lowrank_pl.methods.batch_norms import reestimate_batch_norms_
 from lowrank_pl.methods.collecting import collect, first_call
+from lowrank_pl.methods.from_scratch import check_rules, random_structures
 from lowrank_pl.methods.gradients import check_loss, with_gradients
 from lowrank_pl.methods.reconstruct import Mode, place_
 from lowrank_pl.methods.reconstruct import reconstruct as fit
 from lowrank_pl.methods.responses import Fitted, with_responses
-from lowrank_pl.planning import MethodChoice, RankChoice, make_plan
+from lowrank_pl.norms import insert_norms_
+from lowrank_pl.planning import MethodChoice, RankChoice, make_plan, rules_of
 from lowrank_pl.ranks import CostBudget, GreedyEnergy
 from lowrank_pl.samples import HELD_OUT, Samples, by_keywords
 from lowrank_pl.structures import Structure
@@ -71,8 +73,7 @@ def compress(
     samples, own_input = _samples(data, reconstruct, metric, recalibrate_bn), example_input is not None
     if samples is not None and example_input is None and isinstance(model, nn.Module):
         example_input = first_call(model, samples)
-    batch = None if example_input is None else count_inputs(example_input, batch_size)
-    trace = None if example_input is None else _record(model, example_input, batch, None if own_input else samples)
+    trace = _record(model, example_input, batch_size, None if own_input else samples)
     plan = make_plan(model, method, rank, targets, trace)
     if not plan.compressions and isinstance(rank, (CostBudget, GreedyEnergy)):
         words = "; ".join(dict.fromkeys(plan.dense.values())) or "it has no linear layer or convolution"
@@ -84,6 +85,52 @@ def compress(
         fitted = Fitted(plan.factor(choices, problems), {})
     else:
         choices, fitted, unheard = _fit(model, plan, samples, reconstruct, metric or "inputs")
+    extracted = _extracted(model, plan, choices, fitted, trace, example_input, unheard)
+    if recalibrate_bn and samples is not None:
+        reestimate_batch_norms_(extracted, samples)
+    return extracted
+
+
+def from_scratch(
+    model: nn.Module,
+    method: MethodChoice,
+    rank: RankChoice | None = None,
+    targets: Targets | None = None,
+    example_input: Any = None,
+    batch_size: int | None = None,
+    norm_between: bool = False,
+) -> nn.Module:
+    """A deep copy of a freshly made `model`, in which every target is a module of random factors, to be trained.
+
+    Arguments as for `compress`; ranks must follow from shapes. Such a layer passes on variances, forward and backward,
+    as the dense one does with the weight that it has been initialized with: see
+    `lowrank_pl.methods.from_scratch.factor_variances`. With `norm_between` batch norms stand between the factors of
+    convolutions (Tai, Xiao, Zhang, Wang & E, ICLR 2016), which `fold_norms_` takes away after training. Layers that
+    start at zero stay dense.
+    """
+    check_among("norm_between", norm_between, (True, False))
+    example_input = by_keywords(model, example_input)
+    check_rules(rules_of(rank))
+    trace = _record(model, example_input, batch_size, None)
+    plan = make_plan(model, method, rank, targets, trace)
+    choices = plan.choose_ranks()
+    structures = random_structures(plan, choices, norm_between)
+    made = _extracted(model, plan, choices, Fitted(structures, {}), trace, example_input)
+    if norm_between:
+        insert_norms_(made, structures)
+    return made
+
+
+def _extracted(
+    model: nn.Module,
+    plan: Plan,
+    choices: Mapping[str, Choice],
+    fitted: Fitted,
+    trace: Trace | None,
+    example_input: Any,
+    unheard: Collection[str] = (),
+) -> nn.Module:
+    """The copy with factors. Raises `RuntimeError` where it does not compute what the projected model does."""
     notes = {c.name: c.note(choices[c.name]) or (_UNHEARD if c.name in unheard else "") for c in plan.compressions}
     extracted = extract(model, plan, fitted.structures, notes, trace)
     getattr(extracted, RECORD)["responses"] = {name: asdict(each) for name, each in fitted.responses.items()}
@@ -91,8 +138,6 @@ def compress(
         problem = difference(_projected(model, fitted.structures), extracted, example_input)
         if problem is not None:
             raise RuntimeError(f"The compressed network is not the projected one: {problem}")
-    if recalibrate_bn and samples is not None:
-        reestimate_batch_norms_(extracted, samples)
     return extracted
 
 
@@ -119,8 +164,11 @@ def _fit(
     return choices, fitted, {c.name for c in plan.compressions} - collected.fitted.keys()
 
 
-def _record(model: nn.Module, example_input: Any, batch: int | None, samples: Samples | None) -> Trace:
-    """What the example shows, which is the samples' first batch where these are given."""
+def _record(model: nn.Module, example_input: Any, batch_size: int | None, samples: Samples | None) -> Trace | None:
+    """What the example, if any, shows, which is the samples' first batch where these are given."""
+    if example_input is None:
+        return None
+    batch = count_inputs(example_input, batch_size)
     try:
         return record(model, example_input, batch, training=True)
     except Exception as error:

@@ -47,7 +47,7 @@ def make_plan(
     if not isinstance(targets, (Targets, type(None))):
         raise TypeError(f"Expected argument `targets` to be Targets(include=[...], ...) but got {targets!r:.100}")
     methods = resolve(method, Candidates, "method", FirstOf)  # type: ignore[type-abstract]
-    rules = resolve(DEFAULT_RANK if rank is None else rank, RankRule, "rank")  # type: ignore[type-abstract]
+    rules = rules_of(rank)
     maps = find_maps(model)
     dense = (targets or Targets()).left_out(maps, trace)
     check_patterns(methods, maps, "method")
@@ -79,6 +79,11 @@ def make_plan(
             dense[name] = str(reason)
     _check_named(methods, specs)
     return Plan(compressions, dense, specs, trace, frozen)
+
+
+def rules_of(rank: RankChoice | None) -> dict[str, RankRule]:
+    """By pattern. Raises `ValueError` for an unknown name and `TypeError` for what is no rule."""
+    return resolve(DEFAULT_RANK if rank is None else rank, RankRule, "rank")  # type: ignore[type-abstract]
 
 
 def _check_named(methods: Mapping[str, Candidates], specs: Mapping[str, LayerSpec]) -> None:

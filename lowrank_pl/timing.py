@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 
 
-def median_ms(
+def times_ms(
     functions: Sequence[Callable[[], Any]], device: str = "cpu", seconds: float = 0.1, rounds: int = 5
-) -> list[float]:
-    """Median milliseconds of each function, timed in turns so that a busy machine slows all alike.
+) -> list[list[float]]:
+    """Milliseconds of each function in each round, timed in turns so that a busy machine slows all alike.
 
     About `seconds` for each, and at least one call per round. On the current number of threads.
     """
@@ -34,8 +34,15 @@ def median_ms(
     times: list[list[float]] = [[] for _ in timers]
     for _ in range(rounds):
         for timer, kept in zip(timers, times, strict=True):
-            kept.append(timer.blocked_autorange(min_run_time=seconds / rounds).median)
-    return [1e3 * statistics.median(kept) for kept in times]
+            kept.append(1e3 * timer.blocked_autorange(min_run_time=seconds / rounds).median)
+    return times
+
+
+def median_ms(
+    functions: Sequence[Callable[[], Any]], device: str = "cpu", seconds: float = 0.1, rounds: int = 5
+) -> list[float]:
+    """The median of `times_ms` over the rounds, of each function."""
+    return [statistics.median(kept) for kept in times_ms(functions, device, seconds, rounds)]
 
 
 class PeakMemory(TorchDispatchMode):

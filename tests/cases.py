@@ -147,20 +147,20 @@ def finals(base: type) -> Iterator[type]:
 
 def supports(decomposition: Decomposition, layer: nn.Module) -> bool:
     """What the documentation promises."""
-    ungrouped = getattr(layer, "groups", 1) == 1
+    groups = getattr(layer, "groups", 1)
+    is_linear, is_2d = isinstance(layer, nn.Linear), isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+    promised = {
+        SVD: True,
+        SpatialSVD: is_2d,
+        SeparableSVD: is_2d and groups == 1,
+        TiledSVD: groups == 1 or groups not in (layer.in_channels, layer.out_channels),
+        BlockSVD: groups == 1,
+        Tucker2: groups == 1 and not is_linear,
+        CP: groups == 1 and not is_linear,
+    }
     if isinstance(decomposition, TensorTrain):
-        return isinstance(layer, nn.Linear) and can_be_train(decomposition, layer)
-    if isinstance(decomposition, TiledSVD):
-        return ungrouped or layer.groups not in (layer.in_channels, layer.out_channels)
-    if isinstance(decomposition, BlockSVD):
-        return ungrouped
-    if isinstance(decomposition, SpatialSVD):
-        return isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
-    if isinstance(decomposition, SeparableSVD):
-        return ungrouped and isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
-    if isinstance(decomposition, Tucker2 | CP):
-        return ungrouped and not isinstance(layer, nn.Linear)
-    return True
+        return is_linear and can_be_train(decomposition, layer)
+    return promised[type(decomposition)]
 
 
 def can_be_train(decomposition: TensorTrain, layer: nn.Linear) -> bool:

@@ -33,7 +33,8 @@ LEVELS = [
     # 3: methods, no trainer
     {"planning", "methods"},
     {"extraction"},
-    {"one_shot", "storage", "report", "exporting", "product_decay"},
+    {"norms"},
+    {"one_shot", "storage", "report", "exporting", "product_decay", "speedups"},
     {"evaluation"},
     # 4: Lightning
     {"module", "models", "data", "schedules", "figures"},

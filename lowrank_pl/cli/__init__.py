@@ -13,6 +13,7 @@ _COMMANDS = {
     "report": "gather runs into one table and one page",
     "export": "write the compressed network of a run as pt2, ONNX or safetensors",
     "evaluate": "test every form of a run's network",
+    "chart": "time every layer of a network as every structure over ranks",
     "bench": "measure what compression costs on this machine",
 }
 _USAGE = """\

@@ -85,9 +85,15 @@ def check_parts(config: DictConfig) -> None:
 
 
 def _compression(config: DictConfig) -> CompressionCallback | OneShot | None:
-    """Up to 0.2, `compression=direct` was `compress` with its arguments."""
+    """Up to 0.2, `compression=direct` was `compress` with its arguments. Raises `ValueError` with the key."""
     made = instantiate(config.compression, _convert_="all") or None
-    return OneShot(**made.keywords, train=True) if isinstance(made, partial) else made
+    if isinstance(made, partial):
+        return OneShot(**made.keywords, train=True)
+    try:
+        trained = bool(config.reference) or config.model.weights is not None
+        return made.settled(trained) if isinstance(made, OneShot) else made
+    except ValueError as error:
+        raise ValueError(f"`compression`: {error}") from error
 
 
 def _check_patterns(net: nn.Module, compression: CompressionCallback | OneShot | None) -> None:

@@ -20,7 +20,8 @@ from lowrank_pl.reading import MEGABYTE, check_yaml, first_line, read_text
 _PATHS = ("data.file", "data.root", "model.weights", "paths.data", "paths.references", "cost.cache")
 _HEADER = {"defaults": [{"hydra": "default"}, "_self_"]}  # so that `train --config-dir RUN --config-name config` works
 _PROTECTED = ("model", "data", "seed", "compression._target_", "compression.method", "decomposition", "metric",
-              "compression.metric", "reconstruct.mode", "compression.reconstruct", "compression.train")  # fmt: skip
+              "compression.metric", "reconstruct.mode", "compression.reconstruct", "compression.train",
+              "compression.initialize", "compression.norm_between")  # fmt: skip
 
 
 def resolved(config: DictConfig) -> DictConfig:

@@ -63,7 +63,7 @@ class Latency(StructureCost):
     def conditions(self) -> dict[str, Any]:
         """What the measured times hold for."""
         return {
-            "device": _device_name(self.device),
+            "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "dtype": "float32",
             "batch": self.batch,
@@ -159,7 +159,8 @@ def _run_all(module: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
         module(x)
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
+    """What the machine calls it."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     processors = Path("/proc/cpuinfo")

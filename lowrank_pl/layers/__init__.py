@@ -1,7 +1,7 @@
 """Deployed layers: ordinary ones built from a `LayerSpec`, and those that plain `nn` cannot express."""
 
 from lowrank_pl.layers.attention import SplitAttention, attention_inputs
-from lowrank_pl.layers.chain import FactorChain
+from lowrank_pl.layers.chain import Between, FactorChain, scale_of
 from lowrank_pl.layers.constant import ConstantLayer
 from lowrank_pl.layers.factored import FactoredEmbedding, FactoredExperts, FactoredParameter, tied
 from lowrank_pl.layers.grouped_linear import GroupedLinear
@@ -38,6 +38,7 @@ __all__ = [
     "DEPLOYED",
     "LAYER_TYPES",
     "MOST_CORES",
+    "Between",
     "ConstantLayer",
     "FactorChain",
     "FactoredEmbedding",
@@ -70,6 +71,7 @@ __all__ = [
     "lowered_outputs",
     "matrix_names",
     "recurrent_inputs",
+    "scale_of",
     "spec_of",
     "tied",
     "tile_regions",

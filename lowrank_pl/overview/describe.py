@@ -32,7 +32,7 @@ def method_of(config: Any) -> str:
     structure = compression.get("method")
     if isinstance(structure, dict):
         structure = _snake(_class(structure)) if "_target_" in structure else "mixed"
-    words = [*_kind_of(compression, kind), _word(structure)]
+    words = [*_kind_of(compression, kind), *_scratch(config, compression), _word(structure)]
     if kind == "lc" and compression.get("lambda_") is not None:
         words.append(f"lambda={_short(compression['lambda_'])}")
     for key in ("rank", "budget"):
@@ -54,6 +54,16 @@ def _kind_of(compression: dict[str, Any], kind: str) -> list[str]:
     if kind == "one-shot":
         kind = "direct" if compression.get("train") is True else kind if mode is None else "reconstruct"
     return [kind] if mode is None else [kind, _word(mode)]
+
+
+def _scratch(config: Any, compression: dict[str, Any]) -> list[str]:
+    """Whether factors began with random numbers, as `OneShot.settled` says it."""
+    begins = compression.get("initialize", "weights")
+    if begins is None and compression.get("metric") == "weights" and not compression.get("reconstruct"):
+        trained = part(config, "reference") or part(config, "model").get("weights") is not None
+        begins = "weights" if trained or compression.get("recalibrate_bn") is True else "variance"
+    norms = ["norms"] if compression.get("norm_between") is True else []
+    return ["from scratch", *norms] if begins == "variance" else []
 
 
 def part(values: Any, *keys: str) -> dict[str, Any]:

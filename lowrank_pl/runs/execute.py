@@ -27,6 +27,7 @@ from lowrank_pl.files import write_files
 from lowrank_pl.linalg import singular_energies
 from lowrank_pl.models import load_weights
 from lowrank_pl.module import Classifier
+from lowrank_pl.norms import fold_norms_
 from lowrank_pl.reading import first_line
 from lowrank_pl.report import summarize
 from lowrank_pl.run_files import as_json, locked
@@ -293,8 +294,9 @@ def _epochs(training: Training) -> dict[str, int]:
 
 
 def _trained(net: nn.Module) -> nn.Module:
-    """Without the errors of its layers' outputs, which were those of other factors."""
+    """Without the errors of its layers' outputs, which were those of other factors, and the norms between factors."""
     getattr(net, RECORD, {}).pop("responses", None)
+    fold_norms_(net)
     return net
 
 

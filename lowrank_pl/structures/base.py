@@ -49,6 +49,11 @@ class Layout(ABC):
     def weight(self, tensors: Sequence[Tensor]) -> Tensor:
         """The dense weight that the tensors make, as PyTorch stores it, in their own type."""
 
+    def products(self) -> tuple[tuple[int, ...], ...] | None:
+        """Which of its tensors, by number, are multiplied with one another, where every weight is a sum of products of
+        one value of each of these; None where it is anything else."""
+        return None
+
     def forms(self) -> tuple[Layout, ...]:
         """The ways in which the module can compute, of which a measurement may choose; the first one without."""
         return (self,)

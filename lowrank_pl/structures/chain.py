@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, final
+from typing import Any, final, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import FactorChain, as_operator, as_stored, build
+from lowrank_pl.layers import Between, FactorChain, as_operator, as_stored, build, scale_of
 from lowrank_pl.linalg import regress
 from lowrank_pl.metric import Metric, grouped
 from lowrank_pl.structures.base import Layout, total_macs
@@ -20,10 +20,15 @@ from lowrank_pl.structures.base import Layout, total_macs
 @final
 @dataclass(frozen=True)
 class Chain(Layout):
-    """Its links are ordinary layers; its tensors are their weights as operators `[T, S / groups, *kernel]`."""
+    """Its links are ordinary layers; its tensors are their weights as operators `[T, S / groups, *kernel]`.
+
+    `between` the links of a convolution may stand batch norms, while it is trained from scratch, or the biases that
+    these have become.
+    """
 
     layer: LayerSpec
     links: tuple[LayerSpec, ...]
+    between: Between | None = None
 
     @property
     def stages(self) -> tuple[LayerSpec, ...]:
@@ -43,8 +48,8 @@ class Chain(Layout):
         return as_stored(operator, self.layer)
 
     def build(self, bias: bool) -> nn.Module:
-        last = len(self.stages) - 1
-        return FactorChain([build(stage, bias and i == last) for i, stage in enumerate(self.stages)], self)
+        *inner, last = self.stages
+        return FactorChain([*(build(stage, self.between == "biases") for stage in inner), build(last, bias)], self)
 
     def parameters(self, tensors: Sequence[Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         stored = map(as_stored, tensors, self.stages)
@@ -53,7 +58,19 @@ class Chain(Layout):
 
     def tensors(self, module: nn.Module) -> tuple[Tensor, ...]:
         weights = (module.get_parameter(f"{i}.weight") for i in range(len(self.stages)))
-        return tuple(map(as_operator, weights, self.stages))
+        operators = list(map(as_operator, weights, self.stages))
+        if self.between == "norms":
+            assert isinstance(module, FactorChain)
+            for i, norm in enumerate(module.norms):
+                operators[i] = (operators[i].flatten(1) * scale_of(norm).unsqueeze(1)).view_as(operators[i])
+        return tuple(operators)
+
+    def products(self) -> tuple[tuple[int, ...], ...]:
+        return (tuple(range(len(self.stages))),)
+
+    def with_between(self, between: Between | None) -> Chain:
+        """The same links with something else between them."""
+        return replace(self, between=between)
 
     def refit(self, tensors: Sequence[Tensor], target: Tensor, metric: Metric) -> tuple[Tensor, ...]:
         """In closed form where the outputs weigh alike, or are those of one group."""
@@ -71,14 +88,17 @@ class Chain(Layout):
         return " > ".join(map(_in_words, self.stages))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "chain", "stages": [stage.to_dict() for stage in self.stages]}
+        between = {} if self.between is None else {"between": self.between}
+        return {"kind": "chain", "stages": [stage.to_dict() for stage in self.stages], **between}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], layer: LayerSpec) -> Chain | None:
         """None where the stages do not lead from the layer's inputs to its outputs. Raises `ValueError` for a stage
         that is no layer."""
-        stored = values.get("stages")
+        stored, between = values.get("stages"), values.get("between")
         if values.get("kind") != "chain" or not isinstance(stored, list) or not stored:
+            return None
+        if between not in (None, *get_args(Between)) or (between is not None and layer.kind == "linear"):
             return None
         stages, inputs = [], layer.inputs
         for each in stored:
@@ -86,7 +106,7 @@ class Chain(Layout):
             inputs = stages[-1].outputs
         fits = all(before.out_channels == after.in_channels for before, after in pairwise(stages))
         ends = (stages[0].in_channels, stages[-1].out_channels) == (layer.in_channels, layer.out_channels)
-        return cls(layer, tuple(stages)) if fits and ends else None
+        return cls(layer, tuple(stages), between) if fits and ends else None
 
 
 def _in_words(stage: LayerSpec) -> str:

@@ -62,6 +62,10 @@ class Tiles(TwoForms):
         grids = [(*region, left, right) for region, (left, right) in zip(regions, factors, strict=True)]
         return weight_of_tiles(self.layer, grids)
 
+    def products(self) -> tuple[tuple[int, ...], ...]:
+        regions = len(tile_regions(self.layer, self.tile))
+        return tuple((i, regions + i) for i in range(regions))
+
     def build(self, bias: bool) -> nn.Module:
         return TiledLayer(self.layer, self.tile, self.rank, bias, self.run or self.unmeasured)
 
