@@ -66,4 +66,13 @@ def named(says: str) -> list[str]:
 
 def test_there_are_as_many_as_promised() -> None:
     assert len(ALL) >= 350
-    assert {words[0] for words, *_ in ALL} >= {"train", "resume", "sweep", "report", "export", "evaluate", "chart", "bench"}
+    assert {words[0] for words, *_ in ALL} >= {
+        "train",
+        "resume",
+        "sweep",
+        "report",
+        "export",
+        "evaluate",
+        "chart",
+        "bench",
+    }
