@@ -71,6 +71,9 @@ class Cores(TwoForms):
     def weight(self, tensors: Sequence[Tensor]) -> Tensor:
         return weight_of_cores(tensors).squeeze(2)
 
+    def products(self) -> tuple[tuple[int, ...], ...]:
+        return (tuple(range(len(self.rows))),)
+
     def build(self, bias: bool) -> nn.Module:
         return TTLayer(self.layer, self.rows, self.columns, self.rank, bias, self.run or self.unmeasured)
 
