@@ -11,6 +11,7 @@ from lowrank_pl import SVD, CompressionRatio, EnergyThreshold, FixedRank, Target
 from lowrank_pl.compression import Compression
 from lowrank_pl.decompositions import Choice
 from lowrank_pl.extraction import RECORD
+from lowrank_pl.layers import spec_of
 from lowrank_pl.methods.from_scratch import factor_variances, random_structures
 from lowrank_pl.planning import make_plan
 from lowrank_pl.structures import Chain
@@ -83,8 +84,8 @@ def test_outputs_and_gradients_have_the_variance_of_the_dense_layer(decompositio
 def test_relative_steps_are_equal(decomposition):
     """Of all factors, where the gradient with respect to the weight is white: `E g^2 / v`, over draws."""
     torch.manual_seed(0)
-    layer = nn.Conv2d(8, 24, 3).double()
-    spec = spec_on(layer, torch.zeros(1, 8, 5, 5))
+    some = [nn.Conv2d(8, 24, 3).double(), *(make_layer(name)[0] for name in ("linear", "linear_tokens"))]
+    spec = next(spec_of(layer) for layer in some if supports(decomposition, layer))
     layout = decomposition.layout(spec, half(decomposition, spec))
     variances = factor_variances(layout, 0.5)
     steps = torch.zeros(len(variances), dtype=torch.float64)
