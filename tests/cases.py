@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.decompositions import SVD, BlockSVD, Decomposition, SpatialSVD, TiledSVD, Tucker2
+from lowrank_pl.decompositions import SVD, BlockSVD, Decomposition, LowRankPlusSparse, SpatialSVD, TiledSVD, Tucker2
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
 from lowrank_pl.ranks import (
@@ -96,6 +96,8 @@ DECOMPOSITIONS: tuple[Decomposition, ...] = (
     TiledSVD(8, run="factors"),
     BlockSVD(5),
     BlockSVD(1),
+    LowRankPlusSparse(),
+    LowRankPlusSparse("tucker2", share=0.2),
 )
 
 RULES = (
@@ -131,6 +133,8 @@ def finals(base: type) -> Iterator[type]:
 
 def supports(decomposition: Decomposition, layer: nn.Module) -> bool:
     """What the documentation promises."""
+    if isinstance(decomposition, LowRankPlusSparse):
+        return supports(decomposition.spectral, layer)
     ungrouped = getattr(layer, "groups", 1) == 1
     if isinstance(decomposition, TiledSVD):
         return ungrouped or layer.groups not in (layer.in_channels, layer.out_channels)

@@ -12,7 +12,16 @@ from lowrank_pl.layers.recurrent import SplitRecurrent, matrix_names, recurrent_
 from lowrank_pl.layers.sparse import SparseLayer, has_bits, index_shape, packed, sparse_weight
 from lowrank_pl.layers.stacked_linear import StackedLinear
 from lowrank_pl.layers.sum import SumLayer
-from lowrank_pl.layers.tiled import Run, TiledLayer, factor_shapes, lowered, tile_regions, tile_side, weight_of_tiles
+from lowrank_pl.layers.tiled import (
+    Run,
+    TiledLayer,
+    factor_shapes,
+    lowered,
+    raised,
+    tile_regions,
+    tile_side,
+    weight_of_tiles,
+)
 
 # what compression puts into a network
 DEPLOYED = (
@@ -61,6 +70,7 @@ __all__ = [
     "lowered_outputs",
     "matrix_names",
     "packed",
+    "raised",
     "recurrent_inputs",
     "sparse_weight",
     "spec_of",

@@ -46,6 +46,11 @@ def lowered(weight: Tensor, spec: LayerSpec) -> Tensor:
     return matrices.mT if spec.kind == "conv_transpose" else matrices
 
 
+def raised(matrices: Tensor, spec: LayerSpec) -> Tensor:
+    """The inverse of `lowered`: the weight as PyTorch stores it."""
+    return (matrices.mT if spec.kind == "conv_transpose" else matrices).reshape(spec.stored_shape)
+
+
 def tile_side(spec: LayerSpec, tile: int) -> int:
     """The tiles' side: `tile`, or fewer where a group has fewer inputs or outputs."""
     return min(tile, spec.out_channels // spec.groups, spec.in_channels // spec.groups)
@@ -76,8 +81,7 @@ def weight_of_tiles(spec: LayerSpec, grids: Sequence[Grid]) -> Tensor:
         tiles = torch.einsum("gihjr,gjirw->gihjw", lefts, rights)
         rows.setdefault(m.start, []).append(tiles.reshape(-1, m.tiles * m.size, n.tiles * n.size))
     matrices = torch.cat([torch.cat(row, dim=2) for row in rows.values()], dim=1)
-    stored = matrices.mT if spec.kind == "conv_transpose" else matrices
-    return stored.reshape(spec.stored_shape)
+    return raised(matrices, spec)
 
 
 def portable(
