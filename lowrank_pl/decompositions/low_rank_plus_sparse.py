@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_pl.checks import check_number
+from lowrank_pl.checks import check_among, check_number
 from lowrank_pl.decompositions.base import Analysis, Decomposition
 from lowrank_pl.decompositions.svd import SVD
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import lowered, packed, raised
+from lowrank_pl.layers import SparseRun, lowered, packed, raised
 from lowrank_pl.linalg import Alternation, Quadratic, godec, grebdec, prune
 from lowrank_pl.metric import Metric, lowered_roots
 from lowrank_pl.names import resolve
@@ -35,14 +35,17 @@ class LowRankPlusSparse(Decomposition):
     former is pruning, 0 nonzeros are `low_rank` alone; no rank is 0 throughout. Rules that grow entries together give
     the sparse part `share` of the stored values, those that compare errors with costs weigh both against each other on
     a grid. Nearest in Frobenius norm by GoDec, in a metric by GreBdec (see `lowrank_pl.linalg`), which end in a local
-    optimum. A value costs one weight and one product at each position; masked, as it runs unless that was measured to
-    be slower than skipping zeros, S takes the dense layer's products too.
+    optimum. A value is charged as one weight and one product at each position. `run` says how the extracted sparse
+    branch computes: `"dense"`, masked, with the dense layer's products, or `"csr"`, which skips zeros; None: extraction
+    measures both and takes the faster.
     """
 
     low_rank: str | Decomposition = field(default_factory=SVD)
     share: float = 0.5
+    run: SparseRun | None = None
 
     def __post_init__(self) -> None:
+        check_among("run", self.run, ("dense", "csr", None))
         check_number("share", self.share, lambda x: 0 <= x <= 1, "a share in [0, 1]")
         low_rank = resolve(self.low_rank, Decomposition, "low_rank")["*"]  # type: ignore[type-abstract]
         if isinstance(low_rank, LowRankPlusSparse):
@@ -71,7 +74,7 @@ class LowRankPlusSparse(Decomposition):
 
     def layout(self, layer: LayerSpec, rank: Rank) -> Layout:
         parts: list[Layout] = [self.spectral.layout(layer, rank[:-1])] if all(rank[:-1]) else []
-        parts += [Sparse(layer, rank[-1])] if rank[-1] else []
+        parts += [Sparse(layer, rank[-1], self.run)] if rank[-1] else []
         return Sum(layer, tuple(parts)) if len(parts) > 1 else parts[0] if parts else Constant(layer)
 
     def completed(self, layer: LayerSpec, ranks: Rank) -> Rank:

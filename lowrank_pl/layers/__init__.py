@@ -6,18 +6,16 @@ from lowrank_pl.layers.constant import ConstantLayer
 from lowrank_pl.layers.factored import FactoredEmbedding, FactoredExperts, FactoredParameter, tied
 from lowrank_pl.layers.grouped_linear import GroupedLinear
 from lowrank_pl.layers.lazy_weight import Factors, LazyWeight, Made, Source
-from lowrank_pl.layers.lowering import lowered_inputs, lowered_outputs
+from lowrank_pl.layers.lowering import lowered, lowered_inputs, lowered_outputs, raised
 from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, heard_inputs, linear_of, spec_of
 from lowrank_pl.layers.recurrent import SplitRecurrent, matrix_names, recurrent_inputs
-from lowrank_pl.layers.sparse import SparseLayer, has_bits, index_shape, packed, sparse_weight
+from lowrank_pl.layers.sparse import SparseLayer, SparseRun, has_bits, index_shape, packed, sparse_weight
 from lowrank_pl.layers.stacked_linear import StackedLinear
 from lowrank_pl.layers.sum import SumLayer
 from lowrank_pl.layers.tiled import (
     Run,
     TiledLayer,
     factor_shapes,
-    lowered,
-    raised,
     tile_regions,
     tile_side,
     weight_of_tiles,
@@ -51,6 +49,7 @@ __all__ = [
     "Run",
     "Source",
     "SparseLayer",
+    "SparseRun",
     "SplitAttention",
     "SplitRecurrent",
     "StackedLinear",

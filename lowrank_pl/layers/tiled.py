@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.fx
@@ -13,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers.dense_run import DenseRun, run_dense
+from lowrank_pl.layers.dense_run import DenseRun, run_dense, run_lowered
 from lowrank_pl.layers.lazy_weight import Made, weight_of_factors
-from lowrank_pl.layers.lowering import margins_of
+from lowrank_pl.layers.lowering import margins_of, raised
 
 Run = Literal["factors", "dense"]
 Grid = tuple["Slab", "Slab", Tensor, Tensor]  # a region's rows and columns, and its left and right factors
@@ -37,18 +36,6 @@ def slabs(length: int, tile: int) -> list[Slab]:
     """Whole tiles first, then, where the tile does not divide the length, one smaller tile."""
     whole, rest = divmod(length, tile)
     return [slab for slab in (Slab(0, whole, tile), Slab(whole * tile, 1, rest)) if slab.tiles * slab.size]
-
-
-def lowered(weight: Tensor, spec: LayerSpec) -> Tensor:
-    """The matrices `[groups, rows, columns]` that patches of the input are multiplied by, `T x (S d d)` in each group;
-    for transposed convolutions those that give patches of the output, `(T d d) x S`."""
-    matrices: Tensor = weight.unflatten(0, (spec.groups, -1)).flatten(2)
-    return matrices.mT if spec.kind == "conv_transpose" else matrices
-
-
-def raised(matrices: Tensor, spec: LayerSpec) -> Tensor:
-    """The inverse of `lowered`: the weight as PyTorch stores it."""
-    return (matrices.mT if spec.kind == "conv_transpose" else matrices).reshape(spec.stored_shape)
 
 
 def tile_side(spec: LayerSpec, tile: int) -> int:
@@ -185,23 +172,11 @@ class TiledLayer(DenseRun):
         return [factor for _, _, left, right in self._grids() for factor in (left, right)]
 
     def _forward_factors(self, x: Tensor) -> Tensor:
-        y: Tensor
-        if self.spec.kind == "linear":
-            y = self._multiply_vectors(x)
-            return y if self.bias is None else y + self.bias.to(y.dtype)
-        axes = len(self.spec.kernel)
-        if x.dim() == axes + 1:
-            return self._forward_factors(x.unsqueeze(0)).squeeze(0)
-        size = self.spec.with_(inputs=((1, *x.shape[2:]),)).outputs[0][1:]
-        if self.spec.kind == "conv_transpose":
-            y = self._fold(self._multiply(x.flatten(2)), x.shape[2:], size)
-        else:
-            y = self._multiply(self._unfold(self._pad(x))).unflatten(2, size)
-        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, *[1] * axes)
+        return run_lowered(x, self._multiply, self.bias, self.spec)
 
     def _multiply_vectors(self, x: Tensor) -> Tensor:
         """`[..., S]` to `[..., T]`."""
-        return self._multiply(x.reshape(1, -1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], self.spec.out_channels)
+        return run_lowered(x, self._multiply, None, self.spec)
 
     def _multiply(self, columns: Tensor) -> Tensor:
         """`[B, S d d, P]` to `[B, T, P]`; of transposed convolutions `[B, S, P]` to `[B, T d d, P]`."""
@@ -215,31 +190,6 @@ class TiledLayer(DenseRun):
             y = (left @ inner).unflatten(1, (groups, -1)).flatten(2, 3)
             rows[m.start] = rows[m.start] + y if m.start in rows else y
         return torch.cat(list(rows.values()), dim=2).flatten(1, 2)
-
-    def _unfold(self, x: Tensor) -> Tensor:
-        """The patches, `[B, S, *size]` to `[B, S d d, P]`: `F.unfold`, which is for two axes only."""
-        spec, axes = self.spec, len(self.spec.kernel)
-        for axis, (kernel, stride, dilation) in enumerate(zip(spec.kernel, spec.stride, spec.dilation, strict=True)):
-            x = x.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-        windows = x.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
-        return windows.flatten(2 + axes).flatten(1, 1 + axes)
-
-    def _fold(self, columns: Tensor, places: Sequence[int], size: tuple[int, ...]) -> Tensor:
-        """The patches `[B, T d d, P]` added up, each where its input stands: `[B, T, *size]`."""
-        spec = self.spec
-        patches = columns.unflatten(2, tuple(places)).unflatten(1, (spec.out_channels, math.prod(spec.kernel)))
-        margins = [int(p) for p in spec.padding]
-        y = columns.new_zeros(*patches.shape[:2], *(n + 2 * p for n, p in zip(size, margins, strict=True)))
-        axes = list(zip(spec.dilation, spec.stride, places, strict=True))
-        for i, position in enumerate(product(*map(range, spec.kernel))):
-            steps = (slice(d * k, d * k + s * (n - 1) + 1, s) for k, (d, s, n) in zip(position, axes, strict=True))
-            reached: tuple[Any, ...] = (..., *steps)
-            y[reached] += patches[:, :, i]
-        inside: tuple[Any, ...] = (..., *(slice(p, p + n) for p, n in zip(margins, size, strict=True)))
-        return y[inside]
-
-    def _pad(self, x: Tensor) -> Tensor:
-        return F.pad(x, self._padding, mode=self._mode)
 
     def extra_repr(self) -> str:
         return (

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import SparseLayer, has_bits, index_shape, sparse_weight
+from lowrank_pl.layers import SparseLayer, SparseRun, has_bits, index_shape, sparse_weight
 from lowrank_pl.metric import Metric
-from lowrank_pl.structures.base import Layout
+from lowrank_pl.structures.base import Layout, total_macs
 from lowrank_pl.structures.sweeps import nearest
+
+_NOTES = {"dense": "sparse part runs dense", "csr": "sparse part skips zeros"}
 
 
 @final
 @dataclass(frozen=True)
 class Sparse(Layout):
     """So many values `[nonzeros]`, in the order in which PyTorch stores the weight, and where they stand, as
-    `lowrank_pl.layers.packed` says it: its two tensors. Zeros are not stored, so that nothing can move them."""
+    `lowrank_pl.layers.packed` says it: its two tensors. Zeros are not stored, so that nothing can move them.
+
+    `run` says whether they are multiplied, `"dense"`, or skipped, `"csr"`; None leaves it open, which is dense until
+    something has been measured.
+    """
 
     layer: LayerSpec
     nonzeros: int
+    run: SparseRun | None = None
 
     @property
     def stages(self) -> tuple[LayerSpec, ...]:
-        """A product for every value, at every position: what it costs to skip the zeros."""
+        """A product for every value, at every position, zeros being skipped."""
         layer, count = self.layer, self.nonzeros
         if not count:
             return ()
@@ -34,8 +41,7 @@ class Sparse(Layout):
 
     @property
     def macs(self) -> int | None:
-        """As it runs, zeros are multiplied too."""
-        return self.layer.macs
+        return total_macs(self.stages) if self.run == "csr" and self.stages else self.layer.macs
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         return (self.nonzeros,), index_shape(self.layer, self.nonzeros)
@@ -53,8 +59,11 @@ class Sparse(Layout):
         values, where = tensors
         return sparse_weight(values, where, self.layer)
 
+    def forms(self) -> tuple[Layout, ...]:
+        return (self,) if self.run else (replace(self, run="dense"), replace(self, run="csr"))
+
     def build(self, bias: bool) -> nn.Module:
-        return SparseLayer(self.layer, self.nonzeros, bias)
+        return SparseLayer(self.layer, self.nonzeros, bias, self.run or "dense")
 
     def parameters(self, tensors: Sequence[Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         values, where = tensors
@@ -71,13 +80,17 @@ class Sparse(Layout):
     def describe(self) -> str:
         return f"{self.nonzeros:,} nonzeros"
 
+    @property
+    def note(self) -> str:
+        return _NOTES.get(self.run or "", "")
+
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "sparse", "nonzeros": self.nonzeros}
+        return {"kind": "sparse", "nonzeros": self.nonzeros, "run": self.run or "dense"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], layer: LayerSpec) -> Sparse | None:
         """None for anything else than what `to_dict` gives, and for more values than the layer has."""
-        count = values.get("nonzeros")
-        if values != {"kind": "sparse", "nonzeros": count} or type(count) is not int:
+        count, run = values.get("nonzeros"), values.get("run")
+        if values != {"kind": "sparse", "nonzeros": count, "run": run} or type(count) is not int:
             return None
-        return cls(layer, count) if 0 <= count <= layer.num_weights else None
+        return cls(layer, count, run) if 0 <= count <= layer.num_weights and run in tuple(_NOTES) else None

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from cases import LAYERS, make_layer, some_ranks, spec_on
+from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl.decompositions import SVD
 from lowrank_pl.layers import SumLayer, linear_of, packed, spec_of, tied
@@ -21,7 +22,7 @@ each_share = pytest.mark.parametrize("share", [0.02, 0.4])  # places, and a bit 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 
-def make_sum(name, share, dtype=torch.float64):
+def make_sum(name, share, dtype=torch.float64, run="dense"):
     """A layer, a batch, the low-rank and the sparse weight, and the structure of both."""
     layer, x = make_layer(name, dtype)
     spec = spec_on(layer, x)
@@ -30,7 +31,7 @@ def make_sum(name, share, dtype=torch.float64):
     low = SVD().factor(layer.weight, spec, some_ranks(SVD().full_rank(spec))[0])
     values = layer.weight.detach().flatten()[places]
     sparse = torch.zeros(spec.num_weights, dtype=dtype).index_put((places,), values).view(spec.stored_shape)
-    layout = Sum(spec, (low.layout, Sparse(spec, count)))
+    layout = Sum(spec, (low.layout, Sparse(spec, count, run)))
     structure = Structure(layout, (*low.rank, count), (*low.tensors, values, packed(places, spec)))
     return layer, x, low.reconstruct(), sparse, structure
 
@@ -94,6 +95,30 @@ def test_round_trips(name, share):
     named = again.parameters(structure.tensors, layer.bias)
     assert named.keys() == module.state_dict().keys()
     assert all(torch.equal(value, module.state_dict()[key]) for key, value in named.items())
+
+
+@each_share
+@each_layer
+def test_skipping_zeros(name, share):
+    """The same outputs, with as many products as values at each position, by PyTorch's counter; dense for gradients."""
+    layer, x, _, _, dense = make_sum(name, share)
+    *_, structure = make_sum(name, share, run="csr")
+    module, expected = structure.to_module(layer.bias), dense.to_module(layer.bias)(x)
+    assert layout_from_dict(structure.layout.to_dict(), structure.layout.layer) == structure.layout
+    torch.testing.assert_close(module(x), expected)
+    with torch.no_grad():
+        for batch in (x, x[:1], x[0], x[:0]):
+            torch.testing.assert_close(module(batch), dense.to_module(layer.bias)(batch))
+        with FlopCounterMode(display=False) as counter:
+            module(x[:1])
+    assert structure.macs == counter.get_total_flops() // 2 == total_macs(structure.layout.stages)
+    chain, sparse = structure.layout.parts
+    undecided = Sum(structure.layout.layer, (chain, Sparse(sparse.layer, sparse.nonzeros)))
+    assert undecided.forms() == (dense.layout, structure.layout)
+    assert undecided.macs == dense.macs
+    with torch.no_grad():
+        module.branches[1].values.mul_(2)
+        assert not torch.allclose(module(x), expected)
 
 
 @pytest.mark.parametrize("duplicate", ["deepcopy", "pickle", "torch.save"])
@@ -199,7 +224,7 @@ def test_exports(name, share):
 
 
 SPEC = spec_of(torch.nn.Linear(6, 5))
-SPARSE = {"kind": "sparse", "nonzeros": 7}
+SPARSE = {"kind": "sparse", "nonzeros": 7, "run": "csr"}
 SUM = {"kind": "sum", "parts": [{"kind": "dense"}, SPARSE]}
 
 
@@ -208,6 +233,7 @@ SUM = {"kind": "sum", "parts": [{"kind": "dense"}, SPARSE]}
     [
         *[{**SPARSE, "nonzeros": bad} for bad in (-1, 31, 7.0, True, None)],
         {**SPARSE, "rank": 1},
+        *[{**SPARSE, "run": bad} for bad in ("2:4", None, 1, [])],
         *[{**SUM, "parts": bad} for bad in ([], [SPARSE], "parts", None, [SPARSE, {}], [SPARSE, None], [SPARSE, SUM])],
     ],
     ids=repr,
@@ -219,7 +245,7 @@ def test_bad_dictionaries(values):
 
 def test_good_dictionaries():
     """Those that the bad ones differ from."""
-    assert layout_from_dict(SPARSE, SPEC) == Sparse(SPEC, 7)
-    assert layout_from_dict(SUM, SPEC) == Sum(SPEC, (Dense(SPEC), Sparse(SPEC, 7)))
+    assert layout_from_dict(SPARSE, SPEC) == Sparse(SPEC, 7, "csr")
+    assert layout_from_dict(SUM, SPEC) == Sum(SPEC, (Dense(SPEC), Sparse(SPEC, 7, "csr")))
     assert layout_from_dict({**SUM, "parts": [{"kind": "constant"}, SPARSE]}, SPEC).parts[0] == Constant(SPEC)
     assert Sum(SPEC, (Dense(SPEC), Sparse(SPEC, 7))).describe() == "dense + 7 nonzeros"
