@@ -1,6 +1,7 @@
-"""Low rank + sparse against a long run of exact alternation: truncated generalized SVD and iterative hard thresholding."""
+"""Low rank + sparse against long runs of exact alternation: generalized SVD and iterative hard thresholding."""
 
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_grebdec_is_as_near_as_a_long_exact_alternation(rank: int, share: float,
     errors, count = watched(monkeypatch), round(share * target.numel())
     state = grebdec(target, Quadratic(None, Root.of(a)), count, rank)
     assert state.error <= 1.01 * exact_alternation(target, a, rank, count, rounds=100)
-    assert all(after <= before for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before for before, after in pairwise(errors))
     assert torch.linalg.matrix_rank(state.low) == rank
     assert int(state.mask.sum()) == count
     assert not state.sparse[~state.mask].any()
@@ -92,7 +93,7 @@ def test_outputs_and_groups(monkeypatch) -> None:
     target, a, b = (torch.stack(each) for each in zip(*problems, strict=True))
     errors, form = watched(monkeypatch), Quadratic(Root.of(b), Root.of(a))
     state = grebdec(target, form, 150, 3)
-    assert all(after <= before for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before for before, after in pairwise(errors))
 
     def project(x: Tensor) -> Tensor:
         left, right = (torch.linalg.cholesky(m + 1e-6 * m.diagonal(dim1=1, dim2=2).mean() * torch.eye(m.shape[-1]))
@@ -101,7 +102,15 @@ def test_outputs_and_groups(monkeypatch) -> None:
         best = (u[..., :3] * s[..., None, :3]) @ v[..., :3, :]
         return torch.linalg.solve(right, torch.linalg.solve(left.mT, best), left=False)
 
-    assert state.error <= 1.05 * godec(target, form, 150, project).error
+    largest = torch.linalg.eigvalsh(a)[:, -1:, None] * torch.linalg.eigvalsh(b)[:, -1:, None]
+    low, sparse = torch.zeros_like(target), torch.zeros_like(target)
+    for _ in range(100):
+        low = project(target - sparse)
+        for _ in range(20):
+            moved = sparse - form.times(sparse + low - target) / largest
+            gains = moved.abs() * largest.sqrt()
+            sparse = moved * (gains >= gains.flatten().topk(150).values[-1])
+    assert state.error <= 1.01 * form.norm(sparse + low - target)
     assert [int(torch.linalg.matrix_rank(low)) for low in state.low] == [3, 3]
 
 
@@ -121,12 +130,12 @@ def test_godec_recovers_what_is_low_rank_and_sparse() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_grebdec_is_ten_times_faster() -> None:
-    """512 x 4608: exact alternation is given ten times as long, and its error is still larger."""
+    """512 x 4608, one thread: exact alternation is given ten times as long, and its error is still larger."""
     target, a, _ = make_problem(512, 4608)
-    begin = time.perf_counter()
+    begin = time.process_time()
     state = grebdec(target, Quadratic(None, Root.of(a)), target.numel() // 10, 32)
-    ours = time.perf_counter() - begin
-    begin = time.perf_counter()
+    ours = time.process_time() - begin
+    begin = time.process_time()
     exact_alternation(target, a, 32, target.numel() // 10, rounds=1)
-    one = time.perf_counter() - begin
+    one = time.process_time() - begin
     assert exact_alternation(target, a, 32, target.numel() // 10, rounds=round(10 * ours / one)) > state.error
