@@ -257,7 +257,8 @@ def describe(decomposition: Candidates) -> str:
     """The decomposition's name with the values of its fields: `tiled_svd(64)`."""
     if isinstance(decomposition, Cheapest):
         return f"cheapest({', '.join(describe(member) for member in decomposition.members)})"
-    fields = ", ".join(str(value) for value in vars(decomposition).values() if value is not None)
+    values = [describe(x) if isinstance(x, Candidates) else x for x in vars(decomposition).values() if x is not None]
+    fields = ", ".join(map(str, values))
     return snake_case(type(decomposition).__name__) + (f"({fields})" if fields else "")
 
 

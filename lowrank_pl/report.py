@@ -42,6 +42,7 @@ class Size:
     params: int
     macs: int | None = None
     latency_ms: dict[str, float] = field(default_factory=dict)
+    index_bytes: int = 0  # of what says where stored weights stand, in the file
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ class Report:
         rows.append(["parameters", *_pair(self.dense.params, self.compressed.params)])
         if self.dense.macs and self.compressed.macs:
             rows.append(["MACs", *_pair(self.dense.macs, self.compressed.macs)])
+        if self.compressed.index_bytes:
+            rows.append(["index bytes", "0", f"{self.compressed.index_bytes:,}", ""])
         for batch, ms in self.dense.latency_ms.items():
             other = self.compressed.latency_ms[batch]
             rows.append([f"latency, batch {batch}", f"{ms:.2f} ms", f"{other:.2f} ms", f"{ms / other:.2f}x"])
@@ -130,12 +133,15 @@ class Report:
             ]
             counts = [f"{layer.dense.params:,}", f"{layer.compressed.params:,}", _count(layer.dense.macs),
                       _count(layer.compressed.macs)]  # fmt: skip
-            rows.append([layer.name, layer.structure, *counts, *times, *self._error_of(layer), layer.note])
+            indices = [f"{layer.compressed.index_bytes:,}"] if self.compressed.index_bytes else []
+            rows.append([layer.name, layer.structure, *counts, *indices, *times, *self._error_of(layer), layer.note])
         return rows
 
     @property
     def _columns(self) -> tuple[str, ...]:
         *columns, last = _LAYER_COLUMNS
+        if self.compressed.index_bytes:
+            columns.insert(_LAYER_COLUMNS.index("ms, batch 1 / 32"), "index bytes")
         return (*columns, *(["response error"] if self._has_responses else []), last)
 
     @property
@@ -209,7 +215,7 @@ def summarize_layers(dense: nn.Module, compressed: nn.Module, trace: Trace, late
     def total(i: int, network: nn.Module, sizes: list[Size]) -> Size:
         known = [size.macs for size in sizes if size.macs is not None]
         macs = round(sum(known) + rest) if known else None
-        return Size(num_parameters(network), macs, times[i])
+        return Size(num_parameters(network), macs, times[i], sum(size.index_bytes for size in sizes))
 
     return replace(
         report,
@@ -231,6 +237,8 @@ def _report(dense: nn.Module, compressed: nn.Module, trace: Trace, total: tuple[
     parameter = next(dense.parameters(), torch.zeros(()))
     fused = [module for module in dense.modules() if isinstance(module, nn.RNNBase) and parameter.device.type != "cpu"]
     uncounted = sorted({type(module).__name__ for module in fused})
+    indices = sum(layer.compressed.index_bytes for layer in layers)
+    total = (total[0], replace(total[1], index_bytes=indices))
     return Report(*total, layers, _device_name(parameter.device), torch.get_num_threads(), tuple(uncounted))
 
 
@@ -272,6 +280,7 @@ def _layer_sizes(
     """A layer and what replaces it, for one input of the network: all its calls, tokens and windows count."""
     inputs = layout.layer.inputs
     first, second = Size(num_parameters(pair[0]), layout.layer.macs), Size(num_parameters(pair[1]), layout.macs)
+    second = replace(second, index_bytes=layout.index_bytes)
     if not inputs or name not in trace.samples:
         return first, second
     sample = trace.samples[name]

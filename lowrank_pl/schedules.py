@@ -7,7 +7,8 @@ number of its steps in one epoch.
 import math
 from collections.abc import Callable, Sequence
 
-from torch.optim import Optimizer
+import torch
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
@@ -40,6 +41,34 @@ def step_decay(
 def exponential(optimizer: Optimizer, total_steps: float, steps_per_epoch: int, gamma: float = 0.99) -> LRScheduler:
     """Times `gamma` after every epoch."""
     return _times(optimizer, lambda step: gamma ** (step // steps_per_epoch))
+
+
+def in_phases(
+    optimizer: Optimizer,
+    total_steps: float,
+    steps_per_epoch: int,
+    parts: Sequence[tuple[int, float]],
+    scheduler: Callable[..., LRScheduler] = constant,
+) -> LRScheduler:
+    """Another schedule from its start in each of the `parts`, which are epochs and a factor.
+
+    Raises `ValueError` for a schedule that is no `LambdaLR`.
+    """
+    steps = [epochs * steps_per_epoch for epochs, _ in parts]
+    trial = SGD([torch.zeros(1)], lr=1.0)
+    made = [scheduler(trial, total_steps=count, steps_per_epoch=steps_per_epoch) for count in steps]
+    if not all(isinstance(each, LambdaLR) for each in made):
+        raise ValueError("phases need a schedule of lowrank_pl.schedules, or another that makes a LambdaLR")
+    factors = [each.lr_lambdas[0] for each in made if isinstance(each, LambdaLR)]
+
+    def factor(step: int) -> float:
+        for count, each, (_, share) in zip(steps, factors, parts, strict=True):
+            if step < count:
+                return share * float(each(step))
+            step -= count
+        return parts[-1][1] * float(factors[-1](steps[-1]))
+
+    return _times(optimizer, factor)
 
 
 def _times(optimizer: Optimizer, factor: Callable[[int], float]) -> LRScheduler:

@@ -21,7 +21,6 @@ from lowrank_pl.decompositions import Decomposition
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import build
 from lowrank_pl.names import kinds_of
-from lowrank_pl.ranks.base import at_fraction
 from lowrank_pl.structures import Layout, Rank
 from lowrank_pl.targets import check_patterns, matches
 from lowrank_pl.timing import times_ms
@@ -113,7 +112,8 @@ def some_ranks(decomposition: Decomposition, layer: LayerSpec, points: int) -> l
     """Up to so many ranks, in every entry the same share of the full one, at which the multiply-adds are those of the
     layer, or fewer by about the same factor from one to the next, down to a sixteenth."""
     full = decomposition.full_rank(layer)
-    ranks = [at_fraction(full, (i + 1) / max(full)) for i in range(max(full))]
+    count = min(max(full), 4096)  # of low rank + sparse it would be every weight
+    ranks = [decomposition.at_fraction(layer, (i + 1) / count) for i in range(count)]
     dense = layer.macs or 0
     chosen = []
     for times in np.geomspace(1, MOST, points):

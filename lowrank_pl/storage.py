@@ -79,8 +79,9 @@ def load_compressed(model: nn.Module, dirpath: str | Path) -> nn.Module:
             if not target.is_meta:
                 target.copy_(tensors[name])
     for module in skeleton.modules():  # tied ones stay tied
-        for own in (module._parameters, module._buffers):
-            own |= {name: fresh.get(id(tensor), tensor) for name, tensor in own.items()}
+        own: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for held in own:
+            held.update({name: fresh.get(id(tensor), tensor) for name, tensor in held.items()})
     setattr(skeleton, RECORD, {key: structure[key] for key in ("layers", "notes", "responses") if key in structure})
     return skeleton
 

@@ -13,6 +13,7 @@ from lowrank_pl.decompositions import (
     SVD,
     BlockSVD,
     Decomposition,
+    LowRankPlusSparse,
     SeparableSVD,
     SpatialSVD,
     TensorTrain,
@@ -112,6 +113,8 @@ DECOMPOSITIONS: tuple[Decomposition, ...] = (
     TensorTrain(),
     TensorTrain(((2, 1, 5), (2, 3, 2)), run="factors"),
     TensorTrain(((3, 3, 2), (2, 3, 2)), run="dense"),
+    LowRankPlusSparse(),
+    LowRankPlusSparse("tucker2", share=0.2),
 )
 
 RULES = (
@@ -158,6 +161,8 @@ def supports(decomposition: Decomposition, layer: nn.Module) -> bool:
         Tucker2: groups == 1 and not is_linear,
         CP: groups == 1 and not is_linear,
     }
+    if isinstance(decomposition, LowRankPlusSparse):
+        return supports(decomposition.spectral, layer)
     if isinstance(decomposition, TensorTrain):
         return is_linear and can_be_train(decomposition, layer)
     return promised[type(decomposition)]

@@ -80,7 +80,8 @@ def check_parts(config: DictConfig) -> None:
         own = isinstance(compression, LearningCompression) or (
             isinstance(compression, OneShot) and not compression.train
         )
-        has_length = bool(OmegaConf.select(config, f"{prefix}epochs")) if prefix else own
+        lengths = [OmegaConf.select(config, f"{prefix}{key}") for key in ("epochs", "phases")]
+        has_length = any(lengths) if prefix else own
         _try_out(config, prefix, math.inf if is_endless and not has_length else 2)
 
 

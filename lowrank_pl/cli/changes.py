@@ -64,6 +64,8 @@ def _out_of_reach(changed: Iterable[str], directory: Path) -> dict[str, str]:
             raise ValueError(f"`{key}`: the checkpoint has the state of another optimizer. Start another run")
         elif started and re.search(r"(^|\.)optimizer\.", key):
             notes[key] = "from the checkpoint on"
+        elif started and key.startswith("finetune.phases."):
+            notes[key] = "holds from the checkpoint on, as if it had been so from the start"
         elif started and (key.startswith("scheduler.") or ".scheduler." in key or key in _LENGTHS):
             notes[key] = "the schedule goes on as if it had been so from the start"
     return notes

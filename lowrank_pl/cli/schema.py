@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from lowrank_pl import schedules
 from lowrank_pl.cli.configs import close_to, options, shown
 from lowrank_pl.methods.reconstruct import Mode
-from lowrank_pl.runs import Training
+from lowrank_pl.runs import Phase, Training
 
 
 def _growing(values: list[float]) -> list[float]:
@@ -111,6 +111,7 @@ _STRICTER: dict[Any, dict[str, Any]] = {
     pl.LightningDataModule: {"batch_size": _Size, "eval_batch_size": _Size, "seed": _Seed},
     nn.Module: {"dropout": Annotated[float, Field(ge=0, le=1)]},
     Training: {"epochs": _Natural | None, "product_decay": _Number},
+    Phase: {"epochs": _Natural, "lr_factor": _Rate},
     schedules.exponential: {"gamma": _Positive},
     schedules.step_decay: {"gamma": _Positive, "milestones": Annotated[list[_Number], AfterValidator(_growing)]},
 }

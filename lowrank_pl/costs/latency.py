@@ -32,9 +32,9 @@ from lowrank_pl.timing import median_ms
 class Latency(StructureCost):
     """Nanoseconds per batch on this device, so that lambda is in loss per millisecond.
 
-    A structure is measured as a whole at `points` ranks from 1 to the largest (per entry of the rank), once for every
-    layer of the same shape, and interpolated in between; where a larger rank was measured faster, by noise or by luck,
-    it is given the time of the smaller one. What was measured is kept in a file, `cache`, or by default one per
+    A structure is measured as a whole at `points` ranks from the least to the largest (per entry of the rank), once for
+    every layer of the same shape, and interpolated in between; where a larger rank was measured faster, by noise or by
+    luck, it is given the time of the smaller one. What was measured is kept in a file, `cache`, or by default one per
     device, number of threads and batch in the user's cache folder. `device` is a PyTorch device. Raises `ValueError`
     for a cache of other conditions.
     """
@@ -55,7 +55,7 @@ class Latency(StructureCost):
 
     def of_structure(self, layer: LayerSpec, decomposition: Decomposition, rank: Rank) -> float:
         """Of the layer as this structure: [1, full] in every entry of the rank."""
-        grid = _grid(decomposition.full_rank(layer), self.points)
+        grid = _grid(decomposition.least_rank(layer), decomposition.full_rank(layer), self.points)
         key = json.dumps([layer.to_dict(), layer.inputs, repr(decomposition), self.points])
         times = self._remembered(key, lambda: self._measure_grid(layer, decomposition, grid))
         return layer.share * _interpolate(grid, np.reshape(times, [len(axis) for axis in grid]), rank)
@@ -113,12 +113,9 @@ class Latency(StructureCost):
     def _measure_grid(
         self, layer: LayerSpec, decomposition: Decomposition, grid: Sequence[Sequence[int]]
     ) -> list[float]:
-        weight = build(layer, bias=False).weight
-        assert isinstance(weight, torch.Tensor)
-        analysis = decomposition.analyze(weight.detach(), layer)
-        structures = [analysis.factor(rank) for rank in itertools.product(*grid)]
         # from its factors where it could also run dense: the dense layer's time is known
-        modules = [s.with_layout(s.layout.of_factors()).to_module(None) for s in structures]
+        layouts = [decomposition.layout(layer, rank).of_factors() for rank in itertools.product(*grid)]
+        modules = [layout.build(bias=False) for layout in layouts]
         times = np.reshape(self._measure(layer, modules), [len(axis) for axis in grid])
         for axis in range(times.ndim):
             times = np.maximum.accumulate(times, axis=axis)
@@ -142,9 +139,11 @@ def _tables(latency: Latency) -> dict[str, list[float]]:
     return {}
 
 
-def _grid(full: Rank, points: int) -> list[list[int]]:
-    """Per entry, up to so many ranks from 1 to full, each about the same factor larger than the last."""
-    return [sorted({round(x) for x in np.geomspace(1, most, points)}) for most in full]
+def _grid(least: Rank, full: Rank, points: int) -> list[list[int]]:
+    """Per entry, up to so many ranks from the least, or from 1 on, to full, each about the same factor larger than the
+    last; and 0 where that is the least."""
+    ends = zip(least, full, strict=True)
+    return [sorted({low, *(round(x) for x in np.geomspace(max(low, 1), most, points))}) for low, most in ends]
 
 
 def _interpolate(grid: Sequence[Sequence[int]], values: Any, rank: Rank) -> float:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
+import torch
 from torch import Tensor
 
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.linalg import SingularSystem
 from lowrank_pl.metric import Metric
-from lowrank_pl.structures import Constant, Dense, Layout, Rank, Structure, sweep
+from lowrank_pl.structures import Constant, Dense, Layout, Rank, Structure, in_type, sweep
 
 
 class Candidates(ABC):
@@ -45,7 +47,45 @@ class Decomposition(Candidates):
 
     @abstractmethod
     def full_rank(self, layer: LayerSpec) -> Rank:
-        """The largest rank, at which the projection changes nothing. The smallest is all ones."""
+        """The largest rank, at which the projection changes nothing."""
+
+    def least_rank(self, layer: LayerSpec) -> Rank:
+        """The smallest rank: all ones, or zeros where parts of a structure may be left out, but not all of them."""
+        return (1,) * len(self.full_rank(layer))
+
+    @property
+    def spectral(self) -> Decomposition:
+        """What the entries of the rank that count singular values belong to, which come first: itself, or the low-rank
+        part of a sum."""
+        return self
+
+    def completed(self, layer: LayerSpec, ranks: Rank) -> Rank:
+        """The rank whose entries of `spectral` are these, for rules that know of no others."""
+        return ranks
+
+    def at_fraction(self, layer: LayerSpec, fraction: float) -> Rank:
+        """Every entry of the full rank times `fraction`: rounded half up, at least 1, at most full."""
+        return tuple(min(max(int(most * fraction + 0.5), 1), most) for most in self.full_rank(layer))
+
+    def within(self, layer: LayerSpec, weights: float) -> Rank:
+        """The largest rank with at most so many weights, its entries growing together; the smallest one where even that
+        has more."""
+        full = self.full_rank(layer)
+        # the fractions at which an entry is rounded up
+        steps = sorted({(i - 0.5 + 1e-9) / most for most in full for i in range(1, most + 1)})
+
+        def stored(step: float) -> int:
+            return self.layout(layer, self.at_fraction(layer, step)).num_weights
+
+        return self.at_fraction(layer, steps[max(bisect.bisect_right(steps, weights, key=stored) - 1, 0)])
+
+    def values(self, layer: LayerSpec, most: int) -> tuple[list[int], ...]:
+        """Per entry of the rank the values that rules try: all of a single entry; of several about `most` each, evenly
+        spaced."""
+        full = self.full_rank(layer)
+        steps = [1 if len(full) == 1 else -(-entry // most) for entry in full]
+        axes = zip(full, steps, strict=True)
+        return tuple(sorted({1, *range(step, entry + 1, step), entry}) for entry, step in axes)
 
     @abstractmethod
     def layout(self, layer: LayerSpec, rank: Rank) -> Layout:
@@ -68,10 +108,16 @@ class Decomposition(Candidates):
 
     @final
     def check_rank(self, layer: LayerSpec, rank: Rank) -> None:
-        """Raise `ValueError` for a rank outside [1, full] in any entry."""
-        full = self.full_rank(layer)
-        if len(rank) != len(full) or not all(1 <= r <= most for r, most in zip(rank, full, strict=True)):
-            raise ValueError(f"Expected a rank from {(1,) * len(full)} to {full} but got {rank}")
+        """Raise `ValueError` for a rank outside [least, full] in any entry, and for one that leaves nothing."""
+        if not self.is_rank(layer, rank):
+            least, full = self.least_rank(layer), self.full_rank(layer)
+            something = "" if all(least) else ", with a part that is above 0,"
+            raise ValueError(f"Expected a rank from {least} to {full}{something} but got {rank}")
+
+    def is_rank(self, layer: LayerSpec, rank: Rank) -> bool:
+        """Whether there is such a rank."""
+        least, full = self.least_rank(layer), self.full_rank(layer)
+        return len(rank) == len(full) and all(a <= r <= b for a, r, b in zip(least, rank, full, strict=True))
 
 
 class Analysis(ABC):
@@ -82,14 +128,22 @@ class Analysis(ABC):
     def errors(self) -> tuple[Tensor, ...]:
         """Per entry of the rank, the squared error that truncation costs: float64 `[full + 1]`, from rank 0 on.
 
-        Where the rank has several entries, the sum over them bounds the squared error of the projection from above, and
-        so does that of a tensor train. In a metric they are exact for `SVD`, and estimates for all others (see
+        Where the rank has several entries, they are what each would cost alone: the error of the projection is at most
+        their sum where each truncates the weight (Tucker-2), and at most any of them where each stands for a part of a
+        sum (`LowRankPlusSparse`); see `tails`. That of a tensor train is at most the only entry's. In a metric they are
+        exact for `SVD`, and estimates for all others (see
         `Stagewise`); the first is the squared norm of the weight always.
         """
 
+    def tails(self, others: Rank = ()) -> Tensor:
+        """The squared error at the values 0, 1, ..., full of the last entry of the rank, the `others` being given:
+        exact where it is the only one, else at most that, an estimate in a metric. float64 `[full + 1]`."""
+        *errors, last = self.errors
+        return last + sum(float(each[r]) for each, r in zip(errors, others, strict=True))
+
     @abstractmethod
     def factor(self, rank: Rank) -> Structure:
-        """The projection, as factors in the weight's own type. Raises `ValueError` for a rank outside [1, full]."""
+        """The projection, as factors in the weight's own type. Raises `ValueError` for what is no rank."""
 
 
 @final
@@ -154,13 +208,13 @@ class Stagewise(Analysis):
         return self.decomposition.analyze(self.weight, self.layer)
 
     def _refitted(self, structure: Structure) -> Structure:
-        exact = tuple(x.double() for x in structure.tensors)
-        tensors = structure.layout.refit(exact, self.weight.double(), self.metric)
+        exact: Sequence[Tensor] = in_type(structure.tensors, torch.float64)
+        tensors: Sequence[Tensor] = structure.layout.refit(exact, self.weight.double(), self.metric)
         if self._error(structure.with_tensors(tensors)) > self._error(structure.with_tensors(exact)):
             tensors = exact  # some refits take all outputs to weigh alike
         for _ in range(self.metric.sweeps):
             tensors = sweep(structure.layout, tensors, self.weight, self.metric)
-        return structure.with_tensors([x.to(self.weight.dtype) for x in tensors])
+        return structure.with_tensors(in_type(tensors, self.weight.dtype))
 
     def _error(self, structure: Structure) -> float:
         return self.metric.squared_norm(self.weight - structure.reconstruct())

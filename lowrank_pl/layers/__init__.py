@@ -6,11 +6,13 @@ from lowrank_pl.layers.constant import ConstantLayer
 from lowrank_pl.layers.factored import FactoredEmbedding, FactoredExperts, FactoredParameter, tied
 from lowrank_pl.layers.grouped_linear import GroupedLinear
 from lowrank_pl.layers.lazy_weight import Factors, LazyWeight, Made, Source
-from lowrank_pl.layers.lowering import lowered_inputs, lowered_outputs
+from lowrank_pl.layers.lowering import lowered, lowered_inputs, lowered_outputs, raised
 from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, heard_inputs, linear_of, spec_of
 from lowrank_pl.layers.rebuilding import RebuildingLayer, Run
 from lowrank_pl.layers.recurrent import SplitRecurrent, matrix_names, recurrent_inputs
+from lowrank_pl.layers.sparse import SparseLayer, SparseRun, has_bits, index_shape, packed, sparse_weight
 from lowrank_pl.layers.stacked_linear import StackedLinear
+from lowrank_pl.layers.sum import SumLayer
 from lowrank_pl.layers.tensor_train import (
     MOST_CORES,
     TTLayer,
@@ -20,7 +22,13 @@ from lowrank_pl.layers.tensor_train import (
     total_products,
     weight_of_cores,
 )
-from lowrank_pl.layers.tiled import TiledLayer, factor_shapes, lowered, tile_regions, tile_side, weight_of_tiles
+from lowrank_pl.layers.tiled import (
+    TiledLayer,
+    factor_shapes,
+    tile_regions,
+    tile_side,
+    weight_of_tiles,
+)
 
 # what compression puts into a network
 DEPLOYED = (
@@ -30,6 +38,8 @@ DEPLOYED = (
     FactoredExperts,
     FactoredParameter,
     GroupedLinear,
+    SparseLayer,
+    SumLayer,
     TTLayer,
     TiledLayer,
 )
@@ -51,9 +61,12 @@ __all__ = [
     "RebuildingLayer",
     "Run",
     "Source",
+    "SparseLayer",
+    "SparseRun",
     "SplitAttention",
     "SplitRecurrent",
     "StackedLinear",
+    "SumLayer",
     "TTLayer",
     "TiledLayer",
     "as_operator",
@@ -64,14 +77,19 @@ __all__ = [
     "core_products",
     "core_shapes",
     "factor_shapes",
+    "has_bits",
     "heard_inputs",
+    "index_shape",
     "linear_of",
     "lowered",
     "lowered_inputs",
     "lowered_outputs",
     "matrix_names",
+    "packed",
+    "raised",
     "recurrent_inputs",
     "scale_of",
+    "sparse_weight",
     "spec_of",
     "tied",
     "tile_regions",

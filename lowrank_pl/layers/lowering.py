@@ -12,6 +12,18 @@ from torch import Tensor
 from lowrank_pl.layer_spec import LayerSpec
 
 
+def lowered(weight: Tensor, spec: LayerSpec) -> Tensor:
+    """The matrices `[groups, rows, columns]` that patches of the input are multiplied by, `T x (S d d)` in each group;
+    for transposed convolutions those that give patches of the output, `(T d d) x S`."""
+    matrices: Tensor = weight.unflatten(0, (spec.groups, -1)).flatten(2)
+    return matrices.mT if spec.kind == "conv_transpose" else matrices
+
+
+def raised(matrices: Tensor, spec: LayerSpec) -> Tensor:
+    """The inverse of `lowered`: the weight as PyTorch stores it."""
+    return (matrices.mT if spec.kind == "conv_transpose" else matrices).reshape(spec.stored_shape)
+
+
 def lowered_inputs(x: Tensor, spec: LayerSpec, places: int | None, generator: torch.Generator) -> Tensor:
     """Rows `[groups, n, columns]` of a layer's input, as `Metric.inputs` has them: per image (or sequence) at most so
     many places, drawn anew for every call, the same in all images of it; None for all of them."""

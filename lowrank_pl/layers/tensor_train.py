@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers.rebuilding import RebuildingLayer, Run, is_traced
+from lowrank_pl.layers.dense_run import is_traced
+from lowrank_pl.layers.rebuilding import RebuildingLayer, Run
 
 MOST_CORES = 16  # as many stages as a layer that is read back may have
 CoreShape = tuple[int, int, int, int]  # rank before, outputs, inputs, rank behind

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.fx
@@ -13,12 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers.grouped_linear import grouped_linear
-from lowrank_pl.layers.lowering import margins_of
+from lowrank_pl.layers.dense_run import run_dense, run_lowered
+from lowrank_pl.layers.lowering import margins_of, raised
 from lowrank_pl.layers.rebuilding import RebuildingLayer, Run
-
-_CONVS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 Grid = tuple["Slab", "Slab", Tensor, Tensor]  # a region's rows and columns, and its left and right factors
 
@@ -39,13 +35,6 @@ def slabs(length: int, tile: int) -> list[Slab]:
     """Whole tiles first, then, where the tile does not divide the length, one smaller tile."""
     whole, rest = divmod(length, tile)
     return [slab for slab in (Slab(0, whole, tile), Slab(whole * tile, 1, rest)) if slab.tiles * slab.size]
-
-
-def lowered(weight: Tensor, spec: LayerSpec) -> Tensor:
-    """The matrices `[groups, rows, columns]` that patches of the input are multiplied by, `T x (S d d)` in each group;
-    for transposed convolutions those that give patches of the output, `(T d d) x S`."""
-    matrices: Tensor = weight.unflatten(0, (spec.groups, -1)).flatten(2)
-    return matrices.mT if spec.kind == "conv_transpose" else matrices
 
 
 def tile_side(spec: LayerSpec, tile: int) -> int:
@@ -78,8 +67,7 @@ def weight_of_tiles(spec: LayerSpec, grids: Sequence[Grid]) -> Tensor:
         tiles = torch.einsum("gihjr,gjirw->gihjw", lefts, rights)
         rows.setdefault(m.start, []).append(tiles.reshape(-1, m.tiles * m.size, n.tiles * n.size))
     matrices = torch.cat([torch.cat(row, dim=2) for row in rows.values()], dim=1)
-    stored = matrices.mT if spec.kind == "conv_transpose" else matrices
-    return stored.reshape(spec.stored_shape)
+    return raised(matrices, spec)
 
 
 def portable(
@@ -168,40 +156,13 @@ class TiledLayer(RebuildingLayer):
     def _forward(self, x: Tensor) -> Tensor:
         if isinstance(x, torch.fx.Proxy):
             return self._portable(x)
-        return self._forward_dense(x) if self.run == "dense" else self._forward_factors(x)
-
-    def _forward_dense(self, x: Tensor) -> Tensor:
-        if self.spec.kind == "linear":
-            return grouped_linear(x, self._weight(), self.bias, self.spec.groups)
-        y: Tensor
-        spec, axes = self.spec, len(self.spec.kernel)
-        if spec.kind == "conv_transpose":
-            amounts: Any = (spec.stride, spec.padding, spec.output_padding, spec.groups, spec.dilation)
-            y = _TRANSPOSED[axes](x, self._weight(), self.bias, *amounts)
-            return y
-        padding: Any = spec.padding
-        if spec.padding_mode != "zeros":
-            x, padding = self._pad(x), 0
-        y = _CONVS[axes](x, self._weight(), self.bias, spec.stride, padding, spec.dilation, spec.groups)
-        return y
-
-    def _forward_factors(self, x: Tensor) -> Tensor:
-        y: Tensor
-        if self.spec.kind == "linear":
-            y = self.multiply_vectors(x)
-            return y if self.bias is None else y + self.bias.to(y.dtype)
-        axes = len(self.spec.kernel)
-        if x.dim() == axes + 1:
-            return self._forward_factors(x.unsqueeze(0)).squeeze(0)
-        size = self.spec.with_(inputs=((1, *x.shape[2:]),)).outputs[0][1:]
-        if self.spec.kind == "conv_transpose":
-            y = self._fold(self._multiply(x.flatten(2)), x.shape[2:], size)
-        else:
-            y = self._multiply(self._unfold(self._pad(x))).unflatten(2, size)
-        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, *[1] * axes)
+        return run_dense(x, self._weight(), self.bias, self.spec) if self.run == "dense" else self._forward_factors(x)
 
     def multiply_vectors(self, x: Tensor) -> Tensor:
-        return self._multiply(x.reshape(1, -1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], self.spec.out_channels)
+        return run_lowered(x, self._multiply, None, self.spec)
+
+    def _forward_factors(self, x: Tensor) -> Tensor:
+        return run_lowered(x, self._multiply, self.bias, self.spec)
 
     def _multiply(self, columns: Tensor) -> Tensor:
         """`[B, S d d, P]` to `[B, T, P]`; of transposed convolutions `[B, S, P]` to `[B, T d d, P]`."""
@@ -215,31 +176,6 @@ class TiledLayer(RebuildingLayer):
             y = (left @ inner).unflatten(1, (groups, -1)).flatten(2, 3)
             rows[m.start] = rows[m.start] + y if m.start in rows else y
         return torch.cat(list(rows.values()), dim=2).flatten(1, 2)
-
-    def _unfold(self, x: Tensor) -> Tensor:
-        """The patches, `[B, S, *size]` to `[B, S d d, P]`: `F.unfold`, which is for two axes only."""
-        spec, axes = self.spec, len(self.spec.kernel)
-        for axis, (kernel, stride, dilation) in enumerate(zip(spec.kernel, spec.stride, spec.dilation, strict=True)):
-            x = x.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-        windows = x.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
-        return windows.flatten(2 + axes).flatten(1, 1 + axes)
-
-    def _fold(self, columns: Tensor, places: Sequence[int], size: tuple[int, ...]) -> Tensor:
-        """The patches `[B, T d d, P]` added up, each where its input stands: `[B, T, *size]`."""
-        spec = self.spec
-        patches = columns.unflatten(2, tuple(places)).unflatten(1, (spec.out_channels, math.prod(spec.kernel)))
-        margins = [int(p) for p in spec.padding]
-        y = columns.new_zeros(*patches.shape[:2], *(n + 2 * p for n, p in zip(size, margins, strict=True)))
-        axes = list(zip(spec.dilation, spec.stride, places, strict=True))
-        for i, position in enumerate(product(*map(range, spec.kernel))):
-            steps = (slice(d * k, d * k + s * (n - 1) + 1, s) for k, (d, s, n) in zip(position, axes, strict=True))
-            reached: tuple[Any, ...] = (..., *steps)
-            y[reached] += patches[:, :, i]
-        inside: tuple[Any, ...] = (..., *(slice(p, p + n) for p, n in zip(margins, size, strict=True)))
-        return y[inside]
-
-    def _pad(self, x: Tensor) -> Tensor:
-        return F.pad(x, self._padding, mode=self._mode)
 
     def extra_repr(self) -> str:
         return (

@@ -2,6 +2,7 @@
 
 from lowrank_pl.linalg.cp import Terms, cp_als, expand
 from lowrank_pl.linalg.evbmf import evb_rank
+from lowrank_pl.linalg.low_rank_sparse import Alternation, Quadratic, godec, grebdec, prune
 from lowrank_pl.linalg.precision import product_dtype
 from lowrank_pl.linalg.regression import regress
 from lowrank_pl.linalg.root import Root
@@ -19,6 +20,8 @@ from lowrank_pl.linalg.tensor_train import tt_svd, tt_tails
 from lowrank_pl.linalg.tucker import tucker2, unfold
 
 __all__ = [
+    "Alternation",
+    "Quadratic",
     "Root",
     "SingularSystem",
     "Terms",
@@ -27,9 +30,12 @@ __all__ = [
     "decompose",
     "evb_rank",
     "expand",
+    "godec",
+    "grebdec",
     "leading_vectors",
     "left_system",
     "product_dtype",
+    "prune",
     "regress",
     "singular_energies",
     "squared_norm",

@@ -101,11 +101,6 @@ class Others(tuple[LayerSpec, ...]):
         return others
 
 
-def at_fraction(full: Rank, fraction: float) -> Rank:
-    """Every entry of the full rank times `fraction`: rounded half up, at least 1, at most full."""
-    return tuple(min(max(int(most * fraction + 0.5), 1), most) for most in full)
-
-
 class RankRule(ABC):
     """Chooses the rank of every layer, seeing all layers at once. Final subclasses are frozen dataclasses."""
 

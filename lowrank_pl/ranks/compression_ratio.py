@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +10,7 @@ from typing import final
 from lowrank_pl.checks import check_number
 from lowrank_pl.decompositions import Choice, Decomposition
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.ranks.base import RankProblem, RankRule, at_fraction
+from lowrank_pl.ranks.base import RankProblem, RankRule
 from lowrank_pl.structures import Rank
 
 
@@ -20,7 +19,8 @@ from lowrank_pl.structures import Rank
 class CompressionRatio(RankRule):
     """The largest rank with at least x times fewer weights, layer by layer; rank 1 where even that has more.
 
-    Where the rank has several entries, they grow together, as fractions of the full rank.
+    Where the rank has several entries, they grow together, as fractions of the full rank; of a low-rank and a sparse
+    part each takes its `share` of the weights.
     """
 
     x: float
@@ -39,18 +39,11 @@ class CompressionRatio(RankRule):
 
     def note(self, problem: RankProblem, rank: Rank) -> str | None:
         ratio = problem.layer.num_weights / problem.num_weights(rank)
-        return f"rank 1 reaches {ratio:.2f}x only" if ratio < self.x else None
+        smallest = "rank 1" if all(problem.decomposition.least_rank(problem.layer)) else f"rank {rank}"
+        return f"{smallest} reaches {ratio:.2f}x only" if ratio < self.x else None
 
 
 @cache
 def _largest(decomposition: Decomposition, layer: LayerSpec, x: float) -> Rank:
     """Remembered, because it depends on shapes alone and is asked for at every distortion."""
-    full = decomposition.full_rank(layer)
-    # the fractions at which an entry is rounded up
-    steps = sorted({(i - 0.5 + 1e-9) / most for most in full for i in range(1, most + 1)})
-
-    def weights(step: float) -> int:
-        return decomposition.layout(layer, at_fraction(full, step)).num_weights
-
-    fitting = bisect.bisect_right(steps, layer.num_weights / x, key=weights)
-    return at_fraction(full, steps[max(fitting - 1, 0)])
+    return decomposition.within(layer, layer.num_weights / x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -20,8 +21,8 @@ from lowrank_pl.structures import Rank
 class EnergyThreshold(RankRule):
     """The smallest rank with `||W - W_r||_F <= (1 - p) ||W||_F`: baseline 2 of Idelbayev & Carreira-Perpinan (2020).
 
-    Where the rank has several entries (Tucker-2), the fewest weights among the ranks whose error bound keeps to it; of
-    a tensor train the smallest rank whose error bound does.
+    Where the rank has several entries (Tucker-2, low rank + sparse), the fewest weights among the ranks whose error
+    bound keeps to it; of a tensor train the smallest rank whose error bound does.
     """
 
     p: float
@@ -35,15 +36,14 @@ class EnergyThreshold(RankRule):
         return [Choice(problem.decomposition, self._smallest(problem)) for problem in problems]
 
     def _smallest(self, problem: RankProblem) -> Rank:
-        tails = [spectrum.cpu() for spectrum in problem.errors]
-        allowed = (1 - self.p) ** 2 * float(tails[0][0])
-        if len(tails) == 1:
-            return (max(int((tails[0] > allowed).sum()), 1),)
-        # Going along the first entry, the smallest second one that the rest of the error allows.
-        candidates = []
-        for first in range(1, len(tails[0])):
-            left = allowed - float(tails[0][first])
-            if left >= 0:
-                second = int(torch.searchsorted(-tails[1].contiguous(), -left))
-                candidates.append((first, min(max(second, 1), problem.full[1])))
-        return min(candidates, key=lambda rank: (problem.num_weights(rank), rank))
+        decomposition, layer, analysis = problem.decomposition, problem.layer, problem.analysis(problem.decomposition)
+        allowed = (1 - self.p) ** 2 * float(problem.errors[0][0])
+        least, candidates = decomposition.least_rank(layer), []
+        # Going along the other entries, the smallest last one that the rest of the error allows.
+        for others in itertools.product(*decomposition.values(layer, max(problem.full))[:-1]):
+            tails = analysis.tails(others).cpu()
+            if tails[-1] <= allowed or not others:
+                last = int(torch.searchsorted(-tails.contiguous(), -allowed))
+                candidates.append((*others, min(max(last, least[-1]), problem.full[-1])))
+        ranks = [rank for rank in candidates if decomposition.is_rank(layer, rank)]
+        return min(ranks or [problem.full], key=lambda rank: (problem.num_weights(rank), rank))

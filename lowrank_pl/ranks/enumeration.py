@@ -15,11 +15,10 @@ from lowrank_pl.costs import Cost, charge, price
 from lowrank_pl.decompositions import DENSE, ZERO, Candidates, Choice, Decomposition
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.ranks.base import RankProblem
-from lowrank_pl.structures import Rank
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-# Where a rank has several entries (Tucker-2), at most so many values of each are tried, evenly spaced.
+# Where a rank has several entries (Tucker-2), about so many values of each are tried.
 VALUES_PER_ENTRY = 64
 
 
@@ -52,11 +51,11 @@ def enumerate_ranks(problem: RankProblem, cost: Cost, most: int | None = None) -
     with problem.named():
         grids = _grids(problem.layer, problem.method, cost)
         dense = dense_cost(problem.layer, cost)
-    allowed = [grid.cheaper & (grid.ranks <= (most or math.inf)).all(axis=1) for grid in grids]
+    allowed = [grid.cheaper & (grid.capped <= (most or math.inf)).all(axis=1) for grid in grids]
     choices = [grid.choices[i] for grid, fits in zip(grids, allowed, strict=True) for i in np.flatnonzero(fits)]
     costs = [grid.costs[fits] for grid, fits in zip(grids, allowed, strict=True)]
     errors = [grid.errors(problem)[fits] for grid, fits in zip(grids, allowed, strict=True)]
-    may_be_dense = most is None or any(grid.ranks[-1].max() <= most for grid in grids)
+    may_be_dense = most is None or any(grid.capped[-1].max() <= most for grid in grids)
     if not choices and not may_be_dense:
         raise ValueError(
             f"Layer {problem.name!r}: no rank up to the cap of {most} is cheaper than the dense layer: leave the layer "
@@ -119,19 +118,23 @@ def descend(problem: RankProblem, cost: Cost) -> Descent:
 
 @dataclass(frozen=True, eq=False)
 class _Grid:
-    """The ranks of one decomposition `[n, entries]`, also as choices, their costs `[n]`, and which are cheaper than the
-    dense layer, in weights and in cost."""
+    """The ranks of one decomposition `[n, entries]`, the entries of them that a cap is for, the ranks as choices, their
+    costs `[n]`, and which are cheaper than the dense layer, in weights and in cost."""
 
     decomposition: Decomposition
     ranks: Array
+    capped: Array
     choices: list[Choice]
     costs: Array
     cheaper: Array
 
     def errors(self, problem: RankProblem) -> Array:
-        """The squared errors; where a rank has several entries their sum, a bound."""
-        tails = problem.analysis(self.decomposition).errors
-        return np.asarray(np.sum([t.cpu().numpy()[self.ranks[:, i]] for i, t in enumerate(tails)], axis=0))
+        """The squared errors; where a rank has several entries bounds of them, or estimates."""
+        analysis, found = problem.analysis(self.decomposition), np.empty(len(self.ranks))
+        for others in np.unique(self.ranks[:, :-1], axis=0):
+            mine = (self.ranks[:, :-1] == others).all(axis=1)
+            found[mine] = analysis.tails(tuple(others.tolist())).cpu().numpy()[self.ranks[mine, -1]]
+        return found
 
 
 @cache
@@ -143,22 +146,19 @@ def _grids(layer: LayerSpec, method: Candidates, cost: Cost) -> list[_Grid]:
     dense = dense_cost(layer, cost)
     found = []
     for decomposition in method.candidates(layer):
-        ranks = _some_ranks(decomposition.full_rank(layer))
+        axes = decomposition.values(layer, VALUES_PER_ENTRY)
+        ranks = np.array(list(itertools.product(*axes)), dtype=int)
         choices = [Choice(decomposition, tuple(rank)) for rank in ranks.tolist()]
         layouts = [choice.layout(layer) for choice in choices]
         costs = np.array([price(cost, choice, layout) for choice, layout in zip(choices, layouts, strict=True)])
         _check_growing(ranks, costs)
         weights = np.array([layout.num_weights for layout in layouts])
         cheaper = (weights < layer.num_weights) & (costs < dense)
-        found.append(_Grid(decomposition, ranks, choices, costs, cheaper))
+        valid = [i for i, choice in enumerate(choices) if decomposition.is_rank(layer, choice.rank)]
+        capped = ranks[valid, : len(decomposition.spectral.full_rank(layer))]
+        choices = [choices[i] for i in valid]
+        found.append(_Grid(decomposition, ranks[valid], capped, choices, costs[valid], cheaper[valid]))
     return found
-
-
-def _some_ranks(full: Rank) -> Array:
-    """All ranks up to the full one, or, where the rank has several entries, evenly spaced values of each."""
-    steps = [1 if len(full) == 1 else -(-most // VALUES_PER_ENTRY) for most in full]
-    axes = [sorted({1, *range(step, most + 1, step), most}) for most, step in zip(full, steps, strict=True)]
-    return np.array(list(itertools.product(*axes)), dtype=int)
 
 
 def _check_growing(ranks: Array, costs: Array) -> None:

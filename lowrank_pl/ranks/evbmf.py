@@ -22,8 +22,8 @@ class EVBMF(RankRule):
 
     Per entry of the rank, how many singular values stand out of the noise in the matrix that it truncates; for
     Tucker-2 as Kim et al. (ICLR 2016) choose ranks. Where a structure consists of several matrices (groups, blocks,
-    tiles) their mean spectrum counts. At least 1. Not made for CP, which truncates no matrix: the differences of its
-    measured errors stand for a spectrum there.
+    tiles) their mean spectrum counts. At least 1. Beside a low-rank part a sparse one has its `share` of the values.
+    Not made for CP, which truncates no matrix: the differences of its measured errors stand for a spectrum there.
     """
 
     def __call__(
@@ -33,11 +33,12 @@ class EVBMF(RankRule):
 
     def _rank(self, problem: RankProblem) -> Rank:
         # n matrices L x M take n L (L + M) weights at full rank instead of n L M
-        L, dense = problem.full[0], problem.layer.num_weights
-        several = len(problem.full) == 1
-        matrices = max((problem.num_weights(problem.full) - dense) / L**2, 1.0) if several else 1.0
+        part, layer = problem.decomposition.spectral, problem.layer
+        full, dense = part.full_rank(layer), layer.num_weights
+        stored = part.layout(layer, full).num_weights
+        matrices = max((stored - dense) / full[0] ** 2, 1.0) if len(full) == 1 else 1.0
         ranks = []
-        for most, tails in zip(problem.full, problem.errors, strict=True):
+        for most, tails in zip(full, problem.errors[: len(full)], strict=True):
             energies = np.maximum(-np.diff(tails.cpu().numpy()), 0.0) / matrices
             ranks.append(min(max(evb_rank(energies, round(dense / matrices / most)), 1), most))
-        return tuple(ranks)
+        return problem.decomposition.completed(layer, tuple(ranks))

@@ -16,7 +16,8 @@ from lowrank_pl.structures import Rank
 @final
 @dataclass(frozen=True)
 class FixedRank(RankRule):
-    """Every entry of the rank is r, or the layer's full rank where that is smaller."""
+    """Every entry of the rank is r, or the layer's full rank where that is smaller. Beside a low-rank part of rank r a
+    sparse one has its `share` of the values."""
 
     r: int
 
@@ -30,7 +31,12 @@ class FixedRank(RankRule):
     def __call__(
         self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
     ) -> list[Choice]:
-        return [Choice(p.decomposition, tuple(min(self.r, most) for most in p.full)) for p in problems]
+        return [Choice(p.decomposition, self._rank(p)) for p in problems]
+
+    def _rank(self, problem: RankProblem) -> Rank:
+        ranks = problem.decomposition.spectral.full_rank(problem.layer)
+        return problem.decomposition.completed(problem.layer, tuple(min(self.r, most) for most in ranks))
 
     def note(self, problem: RankProblem, rank: Rank) -> str | None:
-        return f"rank {self.r} lowered to the full rank" if self.r > min(problem.full) else None
+        ranks = problem.decomposition.spectral.full_rank(problem.layer)
+        return f"rank {self.r} lowered to the full rank" if self.r > min(ranks) else None

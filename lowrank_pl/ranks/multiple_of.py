@@ -19,8 +19,8 @@ from lowrank_pl.structures import Rank
 class MultipleOf(RankRule):
     """Another rule's ranks, rounded down to multiples of m: at least m, at most the full rank.
 
-    Full ranks, which stand for dense layers, and 0 stay. What the other rule promises about cost holds but where a rank
-    below m becomes m.
+    Full ranks, which stand for dense layers, and 0, in any entry, stay. What the other rule promises about cost holds
+    but where a rank below m becomes m.
     """
 
     rule: str | RankRule
@@ -54,7 +54,9 @@ class MultipleOf(RankRule):
         full = choice.decomposition.full_rank(problem.layer)
         if choice.rank == full:
             return choice
-        multiples = (min(max(r // self.m * self.m, self.m), most) for r, most in zip(choice.rank, full, strict=True))
+        multiples = (
+            min(max(r // self.m * self.m, self.m), most) if r else 0 for r, most in zip(choice.rank, full, strict=True)
+        )
         return Choice(choice.decomposition, tuple(multiples))
 
     def note(self, problem: RankProblem, rank: Rank) -> str | None:

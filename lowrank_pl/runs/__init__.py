@@ -4,7 +4,7 @@ from lowrank_pl.runs.directory import Run, check_stored
 from lowrank_pl.runs.diverging import Diverged
 from lowrank_pl.runs.execute import execute
 from lowrank_pl.runs.one_shot import OneShot
-from lowrank_pl.runs.recipe import Recipe, Training
+from lowrank_pl.runs.recipe import Phase, Recipe, Training
 from lowrank_pl.runs.resumable import checkpoints
 from lowrank_pl.runs.state import stages_again
 from lowrank_pl.runs.stopping import Interrupted, Stop
@@ -13,6 +13,7 @@ __all__ = [
     "Diverged",
     "Interrupted",
     "OneShot",
+    "Phase",
     "Recipe",
     "Run",
     "Stop",

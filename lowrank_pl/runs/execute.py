@@ -35,6 +35,7 @@ from lowrank_pl.runs.directory import Run
 from lowrank_pl.runs.diverging import FiniteLoss
 from lowrank_pl.runs.metrics_file import MetricsFile
 from lowrank_pl.runs.one_shot import OneShot
+from lowrank_pl.runs.phases import Phases
 from lowrank_pl.runs.progress import EpochLines, Progress
 from lowrank_pl.runs.recipe import Recipe, Training
 from lowrank_pl.runs.resumable import Resumable, WholeFiles, newest_checkpoint
@@ -85,7 +86,8 @@ class _Execution:
             write_files({self.directory / "extracted" / "test.json": as_json(self.test(compressed))})
             classifier = self.recipe.classifier(compressed, self.recipe.finetune)
             length, logger = _epochs(self.recipe.finetune), self.logger("finetune")
-            self.fit("fine-tuning", self.directory / "finetune", classifier, [], length, logger)
+            phases = [Phases(self.recipe.finetune.phases)] if self.recipe.finetune.phases else []
+            self.fit("fine-tuning", self.directory / "finetune", classifier, [*phases], length, logger)
             save_compressed(_trained(compressed), self.directory / "compressed")
             self.mark_done("finetune")
         self.report()
@@ -152,7 +154,8 @@ class _Execution:
                 half.unlink()
             if not _is_whole(shared):
                 module = self.recipe.classifier(copy.deepcopy(self.recipe.net), training)
-                self.fit("reference", self.directory / "reference", module, [], _epochs(training), None)
+                phases = [Phases(training.phases)] if training.phases else []
+                self.fit("reference", self.directory / "reference", module, [*phases], _epochs(training), None)
                 write_summed(shared, _weights(module.net))
         if shared != own:
             write_summed(own, shared.read_bytes())
@@ -290,7 +293,7 @@ def _end(trainer: pl.Trainer) -> str:
 
 
 def _epochs(training: Training) -> dict[str, int]:
-    return {} if training.epochs is None else {"max_epochs": training.epochs, "max_steps": -1}
+    return {} if training.length is None else {"max_epochs": training.length, "max_steps": -1}
 
 
 def _trained(net: nn.Module) -> nn.Module:

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 from torch import nn
 
 from lowrank_pl.callbacks import CompressionCallback
+from lowrank_pl.checks import check_among, check_int, check_number
 from lowrank_pl.module import Classifier, check_product_decay
 from lowrank_pl.runs.one_shot import OneShot
+from lowrank_pl.schedules import constant, in_phases
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a training: so many epochs at `lr_factor` times the optimizer's learning rate, in which the layers that
+    are `fixed` do not learn: `"linear"`, or `"convolutions"`, with all else that is in no linear layer."""
+
+    epochs: int
+    fixed: Literal["linear", "convolutions"] | None = None
+    lr_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_int("epochs", self.epochs, 1)
+        check_among("fixed", self.fixed, ("linear", "convolutions", None))
+        check_number("lr_factor", self.lr_factor, lambda x: 0 < x <= 1e6, "a number above 0")
 
 
 @dataclass(frozen=True)
 class Training:
     """How a network is trained: what makes its optimizer and schedule, and for how many epochs (None: the trainer's).
 
-    With `always`, a reference is trained also for methods that could start from untrained weights. `product_decay` is
-    weight decay on the weights that layers deploy as: on the product where a layer is factors.
+    Or in `phases`, by name, one after another, each with the schedule from its start. With `always`, a reference is
+    trained also for methods that could start from untrained weights. `product_decay` is weight decay on the weights
+    that layers deploy as: on the product where a layer is factors.
     """
 
     optimizer: Callable[..., Any]
@@ -28,9 +47,25 @@ class Training:
     epochs: int | None = None
     always: bool = False
     product_decay: float = 0.0
+    phases: Mapping[str, Phase] = field(default_factory=dict)
 
     def __post_init__(self) -> None:  # before anything is trained: a fine-tuning may be hours away
         check_product_decay(self.product_decay)
+        if self.phases and self.epochs is not None:
+            raise ValueError("Expected `epochs` to be left out, or null, because each of the `phases` has its own")
+
+    @property
+    def length(self) -> int | None:
+        """Epochs, of all phases."""
+        return sum(phase.epochs for phase in self.phases.values()) if self.phases else self.epochs
+
+    @property
+    def schedule(self) -> Callable[..., Any] | None:
+        """What makes the schedule of the whole."""
+        if not self.phases:
+            return self.scheduler
+        parts = [(phase.epochs, phase.lr_factor) for phase in self.phases.values()]
+        return partial(in_phases, parts=parts, scheduler=self.scheduler or constant)
 
 
 @dataclass(frozen=True)
@@ -66,7 +101,7 @@ class Recipe:
         return Classifier(
             net,
             training.optimizer,
-            training.scheduler,
+            training.schedule,
             self.channels_last,
             self.label_smoothing,
             training.product_decay,

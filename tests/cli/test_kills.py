@@ -25,6 +25,12 @@ RUNS = {
         *SMALL, "compression=lc", "compression.lambda_=3", "compression.steps=6", "compression.mu0=0.1",
         "compression.growth=2", "reference.epochs=4", "finetune=default", "finetune.epochs=3",
     ],
+    "phases": [
+        *SMALL, "model=lenet5", "data.size=28", "compression=direct", "decomposition=low_rank_plus_sparse", "rank.x=4",
+        "reference.epochs=1", "trainer.max_epochs=1", "finetune=three_phases", "finetune.phases.convolutions.epochs=2",
+        "finetune.phases.linear.epochs=1", "finetune.phases.all.epochs=1", "+trainer.limit_train_batches=4",
+        "checkpoint_every=3",
+    ],
 }  # fmt: skip
 FILES = (
     "dense.safetensors", "extracted/model.safetensors", "compressed/model.safetensors", "metrics.csv",
