@@ -43,4 +43,5 @@ def shrink_singular_values(matrix: Tensor, threshold: float) -> tuple[Tensor, Te
 def column_norms(matrix: Tensor, width: int = 1) -> Tensor:
     """Frobenius norms of blocks of `width` neighbouring columns: `[..., m, n]` to `[..., n / width]`, float64."""
     blocks: Tensor = matrix.double().unflatten(-1, (-1, width))
-    return torch.linalg.vector_norm(blocks, dim=(-3, -1))
+    norms: Tensor = torch.linalg.vector_norm(blocks, dim=(-3, -1))
+    return norms
