@@ -59,8 +59,14 @@ class LayerSpec:
         """
         if not self.inputs:
             return None
+        return round(self.share * self.num_weights * sum(count for (count,) in self.positions))
+
+    @property
+    def positions(self) -> tuple[tuple[int], ...]:
+        """How often each of its weights is multiplied by, call by call: `inputs` of the linear layer that its lowered
+        matrix is."""
         sizes = self.inputs if self.kind == "conv_transpose" else self.outputs
-        return round(self.share * self.num_weights * sum(math.prod(size) for size in sizes))
+        return tuple((math.prod(size),) for size in sizes)
 
     @property
     def outputs(self) -> tuple[tuple[int, ...], ...]:

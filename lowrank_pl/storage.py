@@ -70,13 +70,18 @@ def load_compressed(model: nn.Module, dirpath: str | Path) -> nn.Module:
     tensors = _read_tensors(folder / "model.safetensors", _state(skeleton))
     with torch.no_grad():
         state = _state(skeleton)
-        fresh = {id(target): nn.Parameter(tensors[name]) for name, target in state.items() if target.is_meta}
+        fresh = {
+            id(target): nn.Parameter(tensors[name]) if target.is_floating_point() else tensors[name]
+            for name, target in state.items()
+            if target.is_meta
+        }
         for name, target in state.items():
             if not target.is_meta:
                 target.copy_(tensors[name])
     for module in skeleton.modules():  # tied ones stay tied
-        for name, parameter in module._parameters.items():
-            module._parameters[name] = fresh.get(id(parameter), parameter)
+        own: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for held in own:
+            held.update({name: fresh.get(id(tensor), tensor) for name, tensor in held.items()})
     setattr(skeleton, RECORD, {key: structure[key] for key in ("layers", "notes", "responses") if key in structure})
     return skeleton
 

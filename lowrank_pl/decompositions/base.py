@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
+import torch
 from torch import Tensor
 
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.linalg import SingularSystem
 from lowrank_pl.metric import Metric
-from lowrank_pl.structures import Constant, Dense, Layout, Rank, Structure, sweep
+from lowrank_pl.structures import Constant, Dense, Layout, Rank, Structure, in_type, sweep
 
 
 class Candidates(ABC):
@@ -149,10 +150,10 @@ class Stagewise(Analysis):
         return self.decomposition.analyze(self.weight, self.layer)
 
     def _refitted(self, structure: Structure) -> Structure:
-        tensors = structure.layout.refit([x.double() for x in structure.tensors], self.weight.double(), self.metric)
+        tensors = structure.layout.refit(in_type(structure.tensors, torch.float64), self.weight.double(), self.metric)
         for _ in range(self.metric.sweeps):
             tensors = sweep(structure.layout, tensors, self.weight, self.metric)
-        return structure.with_tensors([x.to(self.weight.dtype) for x in tensors])
+        return structure.with_tensors(in_type(tensors, self.weight.dtype))
 
     def _error(self, structure: Structure) -> float:
         return self.metric.squared_norm(self.weight - structure.reconstruct())

@@ -9,7 +9,9 @@ from lowrank_pl.layers.lazy_weight import Factors, LazyWeight, Made, Source
 from lowrank_pl.layers.lowering import lowered_inputs, lowered_outputs
 from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, heard_inputs, linear_of, spec_of
 from lowrank_pl.layers.recurrent import SplitRecurrent, matrix_names, recurrent_inputs
+from lowrank_pl.layers.sparse import SparseLayer, has_bits, index_shape, packed, sparse_weight
 from lowrank_pl.layers.stacked_linear import StackedLinear
+from lowrank_pl.layers.sum import SumLayer
 from lowrank_pl.layers.tiled import Run, TiledLayer, factor_shapes, lowered, tile_regions, tile_side, weight_of_tiles
 
 # what compression puts into a network
@@ -20,6 +22,8 @@ DEPLOYED = (
     FactoredExperts,
     FactoredParameter,
     GroupedLinear,
+    SparseLayer,
+    SumLayer,
     TiledLayer,
 )
 
@@ -37,22 +41,28 @@ __all__ = [
     "Made",
     "Run",
     "Source",
+    "SparseLayer",
     "SplitAttention",
     "SplitRecurrent",
     "StackedLinear",
+    "SumLayer",
     "TiledLayer",
     "as_operator",
     "as_stored",
     "attention_inputs",
     "build",
     "factor_shapes",
+    "has_bits",
     "heard_inputs",
+    "index_shape",
     "linear_of",
     "lowered",
     "lowered_inputs",
     "lowered_outputs",
     "matrix_names",
+    "packed",
     "recurrent_inputs",
+    "sparse_weight",
     "spec_of",
     "tied",
     "tile_regions",

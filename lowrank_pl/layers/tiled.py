@@ -13,12 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers.grouped_linear import grouped_linear
+from lowrank_pl.layers.dense_run import DenseRun, run_dense
 from lowrank_pl.layers.lazy_weight import Made, weight_of_factors
 from lowrank_pl.layers.lowering import margins_of
-
-_CONVS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 Run = Literal["factors", "dense"]
 Grid = tuple["Slab", "Slab", Tensor, Tensor]  # a region's rows and columns, and its left and right factors
@@ -121,7 +118,7 @@ def portable(
 torch.fx.wrap("portable")  # which loops and branches, as torch.fx cannot follow
 
 
-class TiledLayer(nn.Module):
+class TiledLayer(DenseRun):
     """A linear layer or convolution whose lowered weight is, in each of g groups, tiles of rank at most `rank`.
 
     Parameters per region of `tile_regions` with `m x n` tiles of `h x w`, rank `r = min(rank, h, w)`:
@@ -149,7 +146,6 @@ class TiledLayer(nn.Module):
         self._geometry = _geometry(spec, self._padding)
         self._groups, self._transposed = spec.groups, spec.kind == "conv_transpose"
         self._mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
-        self._dense: tuple[Any, Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -179,38 +175,10 @@ class TiledLayer(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         if isinstance(x, torch.fx.Proxy):
             return self._portable(x)
-        return self._forward_dense(x) if self.run == "dense" else self._forward_factors(x)
+        return run_dense(x, self._weight(), self.bias, self.spec) if self.run == "dense" else self._forward_factors(x)
 
-    def _forward_dense(self, x: Tensor) -> Tensor:
-        if self.spec.kind == "linear":
-            return grouped_linear(x, self._weight(), self.bias, self.spec.groups)
-        y: Tensor
-        spec, axes = self.spec, len(self.spec.kernel)
-        if spec.kind == "conv_transpose":
-            amounts: Any = (spec.stride, spec.padding, spec.output_padding, spec.groups, spec.dilation)
-            y = _TRANSPOSED[axes](x, self._weight(), self.bias, *amounts)
-            return y
-        padding: Any = spec.padding
-        if spec.padding_mode != "zeros":
-            x, padding = self._pad(x), 0
-        y = _CONVS[axes](x, self._weight(), self.bias, spec.stride, padding, spec.dilation, spec.groups)
-        return y
-
-    def _weight(self) -> Tensor:
-        factors = [factor for _, _, left, right in self._grids() for factor in (left, right)]
-        wants_grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
-        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        if wants_grad or traced or factors[0].is_inference():  # the last ones are without versions
-            return self.dense_weight()
-        key = [(factor.data_ptr(), factor._version) for factor in factors]
-        if self._dense is None or self._dense[0] != key:
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-                torch.autocast(factors[0].device.type, enabled=False),
-            ):
-                self._dense = key, self.dense_weight()
-        return self._dense[1]
+    def factors(self) -> list[Tensor]:
+        return [factor for _, _, left, right in self._grids() for factor in (left, right)]
 
     def _forward_factors(self, x: Tensor) -> Tensor:
         y: Tensor
@@ -268,14 +236,6 @@ class TiledLayer(nn.Module):
 
     def _pad(self, x: Tensor) -> Tensor:
         return F.pad(x, self._padding, mode=self._mode)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> TiledLayer:
-        self._dense = None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dense": None}  # copies and pickles carry the factors only
 
     def extra_repr(self) -> str:
         return (

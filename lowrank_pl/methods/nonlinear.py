@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import lowered
-from lowrank_pl.structures import Structure
+from lowrank_pl.structures import Structure, in_type
 from lowrank_pl.tracing import Following
 
 MOST = 2**16  # vectors that are kept of a layer
@@ -43,10 +43,11 @@ def refine(structure: Structure, layer: LayerSpec, rows: Rows, follow: Following
     with torch.no_grad():
         wanted = follow(_joined(y))
     assert structure.bias is not None
-    tensors = [t.detach().float().clone().requires_grad_() for t in (*structure.tensors, structure.bias)]
-    rates = [RATE * float(t.detach().square().mean().sqrt().clamp(min=1e-8)) for t in tensors]
+    tensors = [t.detach().clone() for t in in_type((*structure.tensors, structure.bias), torch.float32)]
+    learned = [t.requires_grad_() for t in tensors if t.is_floating_point()]
+    rates = [RATE * float(t.detach().square().mean().sqrt().clamp(min=1e-8)) for t in learned]
     optimizer = torch.optim.RMSprop(
-        [{"params": [t], "lr": r} for t, r in zip(tensors, rates, strict=True)], alpha=GAMMA
+        [{"params": [t], "lr": r} for t, r in zip(learned, rates, strict=True)], alpha=GAMMA
     )
     generator = torch.Generator().manual_seed(0)
     count = x.shape[1]
@@ -76,7 +77,7 @@ def refine(structure: Structure, layer: LayerSpec, rows: Rows, follow: Following
         now = loss()
         if now < best:
             best, kept = now, [t.detach().clone() for t in tensors]
-    *factors, bias = (t.to(structure.tensors[0].dtype) for t in kept)
+    *factors, bias = in_type(kept, structure.tensors[0].dtype)
     return replace(structure, tensors=tuple(factors), bias=bias)
 
 

@@ -1,12 +1,15 @@
 """What weights are written as and deployed as, one file for each kind."""
 
+from functools import partial
 from typing import Any
 
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.structures.base import Layout, Rank, Structure, total_macs
+from lowrank_pl.structures.base import Layout, Rank, Structure, in_type, total_macs
 from lowrank_pl.structures.chain import Chain
 from lowrank_pl.structures.constant import Constant
 from lowrank_pl.structures.dense import Dense
+from lowrank_pl.structures.sparse import Sparse
+from lowrank_pl.structures.sum import Sum
 from lowrank_pl.structures.sweeps import sweep
 from lowrank_pl.structures.tiles import Tiles
 
@@ -16,8 +19,11 @@ __all__ = [
     "Dense",
     "Layout",
     "Rank",
+    "Sparse",
     "Structure",
+    "Sum",
     "Tiles",
+    "in_type",
     "layout_from_dict",
     "sweep",
     "total_macs",
@@ -29,10 +35,12 @@ def layout_from_dict(values: Any, layer: LayerSpec) -> Layout:
 
     Raises `ValueError` for anything else, and for a layout that does not fit the layer.
     """
-    for kind in (Chain, Tiles, Constant, Dense):
-        layout = kind.from_dict(values, layer) if isinstance(values, dict) else None
+    readers = [kind.from_dict for kind in (Chain, Tiles, Constant, Dense, Sparse)]
+    for read in (*readers, partial(Sum.from_dict, read=layout_from_dict)):
+        layout = read(values, layer) if isinstance(values, dict) else None
         if layout is not None:
             return layout
     raise ValueError(
-        f"Expected a chain, tiles, a constant or a dense layer in place of {layer} but got {values!r:.200}"
+        f"Expected a chain, tiles, a constant, a dense or sparse layer or a sum in place of {layer} but got "
+        f"{values!r:.200}"
     )

@@ -38,12 +38,17 @@ class Layout(ABC):
 
     @abstractmethod
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of its tensors."""
+        """The shapes of its tensors: weights, and integers that say where weights stand."""
 
     @property
     def num_weights(self) -> int:
         """Stored weights, the bias apart."""
         return sum(math.prod(shape) for shape in self.shapes())
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of what says where weights stand; mostly nothing."""
+        return 0
 
     @abstractmethod
     def weight(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -59,7 +64,7 @@ class Layout(ABC):
 
     @abstractmethod
     def parameters(self, tensors: Sequence[Tensor], bias: Tensor | None) -> dict[str, Tensor]:
-        """What the module's parameters hold, by name."""
+        """What the module's parameters hold, by name, and its buffers, where tensors are integers."""
 
     @abstractmethod
     def tensors(self, module: nn.Module) -> tuple[Tensor, ...]:
@@ -112,7 +117,7 @@ class Structure:
         """The dense weight, as PyTorch stores it; in `dtype`, or in the tensors' own type."""
         dtype = dtype or self.tensors[0].dtype
         wide = product_dtype(dtype, self.tensors[0].device)
-        return self.layout.weight([tensor.to(wide) for tensor in self.tensors]).to(dtype)
+        return self.layout.weight(in_type(self.tensors, wide)).to(dtype)
 
     def to_module(self, bias: Tensor | None) -> nn.Module:
         """The layer to deploy, on the tensors' device and in their type; `bias` is that of the layer it replaces."""
@@ -122,7 +127,7 @@ class Structure:
         for name, value in self.layout.parameters(self.tensors, bias).items():
             parent, _, leaf = name.rpartition(".")
             own = value.detach().clone(memory_format=torch.contiguous_format)
-            setattr(module.get_submodule(parent), leaf, nn.Parameter(own))
+            setattr(module.get_submodule(parent), leaf, nn.Parameter(own) if own.is_floating_point() else own)
         return module
 
     def with_layout(self, layout: Layout) -> Structure:
@@ -132,6 +137,11 @@ class Structure:
     def with_tensors(self, tensors: Sequence[Tensor]) -> Structure:
         """The same layout with other numbers."""
         return replace(self, tensors=tuple(tensors))
+
+
+def in_type(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Weights in another type; integers, which say where they stand, as they are."""
+    return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
 
 
 def total_macs(stages: Sequence[LayerSpec]) -> int | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.metric import Metric
-from lowrank_pl.structures.base import Layout
+from lowrank_pl.structures.base import Layout, in_type
 
 ITERATIONS = 20  # of conjugate gradients, for each factor
 
@@ -19,17 +19,19 @@ def sweep(layout: Layout, tensors: Sequence[Tensor], target: Tensor, metric: Met
     The weight is linear in each of them, so that conjugate gradients lower the error at every step, and need only the
     weight and its derivative: for every layout, also where no factor has a closed form.
     """
-    found = [tensor.detach().double() for tensor in tensors]
+    found = in_type([tensor.detach() for tensor in tensors], torch.float64)
     error = metric.squared_norm(layout.weight(found) - target)
-    for i in reversed(range(len(found))):
-        trial = [*found[:i], _nearest(layout, found, i, target.double(), metric), *found[i + 1 :]]
+    for i in reversed([i for i, tensor in enumerate(found) if tensor.is_floating_point()]):
+        trial = [*found[:i], nearest(layout, found, i, target.double(), metric), *found[i + 1 :]]
         after = metric.squared_norm(layout.weight(trial) - target)
         if after < error:  # else there was rounding alone left
             found, error = trial, after
     return tuple(found)
 
 
-def _nearest(layout: Layout, tensors: list[Tensor], i: int, target: Tensor, metric: Metric) -> Tensor:
+def nearest(layout: Layout, tensors: list[Tensor], i: int, target: Tensor, metric: Metric) -> Tensor:
+    """Factor i, by conjugate gradients from where it is."""
+
     def weight(factor: Tensor) -> Tensor:
         return layout.weight([*tensors[:i], factor, *tensors[i + 1 :]])
 

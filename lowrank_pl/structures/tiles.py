@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -37,13 +36,11 @@ class Tiles(Layout):
     @property
     def stages(self) -> tuple[LayerSpec, ...]:
         """Per region of equal tiles two grouped products, over the tiles' columns and over their rows."""
-        layer = self.layer
-        sizes = layer.inputs if layer.kind == "conv_transpose" else layer.outputs
-        positions, stages = tuple((math.prod(size),) for size in sizes), []
+        layer, stages = self.layer, []
         for region in tile_regions(layer, self.tile):
             m, n = (layer.groups * slab.tiles for slab in region)
             (_, h, _), (_, inner, w) = factor_shapes(layer, region, self.rank)
-            right = LayerSpec("linear", n * w, n * inner, groups=n, inputs=positions, share=layer.share)
+            right = LayerSpec("linear", n * w, n * inner, groups=n, inputs=layer.positions, share=layer.share)
             stages += [right, right.then(m * h, groups=m)]
         return tuple(stages)
 

@@ -19,7 +19,18 @@ from lowrank_pl.decompositions import DENSE, ZERO, Analysis, Choice, Decompositi
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import ConstantLayer, TiledLayer, as_operator, spec_of
 from lowrank_pl.ranks import RankProblem
-from lowrank_pl.structures import Chain, Constant, Dense, Layout, Structure, Tiles, layout_from_dict, total_macs
+from lowrank_pl.structures import (
+    Chain,
+    Constant,
+    Dense,
+    Layout,
+    Sparse,
+    Structure,
+    Sum,
+    Tiles,
+    layout_from_dict,
+    total_macs,
+)
 
 LINEAR = LayerSpec("linear", 8, 8)
 TILES = {"kind": "tiles", "tile": 4, "rank": 2, "run": "dense", "layer": LINEAR.to_dict()}
@@ -74,7 +85,7 @@ def test_layouts_structures_and_analyses_are_final_and_frozen(kind):
 
 
 def test_every_layout_is_tested():
-    assert set(finals(Layout)) == {Chain, Constant, Dense, Tiles}
+    assert set(finals(Layout)) == {Chain, Constant, Dense, Sparse, Sum, Tiles}
 
 
 @pytest.mark.parametrize(("decomposition", "name"), PAIRS, ids=lambda x: str(x).replace(" ", ""))
