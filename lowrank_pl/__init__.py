@@ -10,7 +10,16 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
     from lowrank_pl.adapters import Adapter, Experts, LinearMap, ReshapedParameters, register_adapter
     from lowrank_pl.callbacks import DeepTwist, ExtractStructure, LearningCompression, LStep, MuSchedule, TrainingMetric
     from lowrank_pl.costs import Latency, Macs, Params
-    from lowrank_pl.decompositions import SVD, BlockSVD, Cheapest, FirstOf, SpatialSVD, TiledSVD, Tucker2
+    from lowrank_pl.decompositions import (
+        SVD,
+        BlockSVD,
+        Cheapest,
+        FirstOf,
+        LowRankPlusColumns,
+        SpatialSVD,
+        TiledSVD,
+        Tucker2,
+    )
     from lowrank_pl.layer_spec import LayerSpec
     from lowrank_pl.one_shot import compress
     from lowrank_pl.planning import make_plan
@@ -47,7 +56,16 @@ _HOMES = {
     "lowrank_pl.layer_spec": ("LayerSpec",),
     "lowrank_pl.storage": ("load_compressed", "save_compressed"),
     "lowrank_pl.report": ("Report", "summarize"),
-    "lowrank_pl.decompositions": ("SVD", "BlockSVD", "Cheapest", "FirstOf", "SpatialSVD", "TiledSVD", "Tucker2"),
+    "lowrank_pl.decompositions": (
+        "SVD",
+        "BlockSVD",
+        "Cheapest",
+        "FirstOf",
+        "LowRankPlusColumns",
+        "SpatialSVD",
+        "TiledSVD",
+        "Tucker2",
+    ),
     "lowrank_pl.ranks": (
         "EVBMF",
         "CompressionRatio",
@@ -88,6 +106,7 @@ __all__ = [
     "LayerSpec",
     "LearningCompression",
     "LinearMap",
+    "LowRankPlusColumns",
     "Macs",
     "MuSchedule",
     "MultipleOf",

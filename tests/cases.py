@@ -7,7 +7,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.decompositions import SVD, BlockSVD, Decomposition, SpatialSVD, TiledSVD, Tucker2
+from lowrank_pl.decompositions import (
+    SVD,
+    BlockSVD,
+    Decomposition,
+    LowRankPlusColumns,
+    SpatialSVD,
+    TiledSVD,
+    Tucker2,
+)
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
 from lowrank_pl.ranks import (
@@ -96,6 +104,7 @@ DECOMPOSITIONS: tuple[Decomposition, ...] = (
     TiledSVD(8, run="factors"),
     BlockSVD(5),
     BlockSVD(1),
+    LowRankPlusColumns(),
 )
 
 RULES = (
@@ -136,6 +145,9 @@ def supports(decomposition: Decomposition, layer: nn.Module) -> bool:
         return ungrouped or layer.groups not in (layer.in_channels, layer.out_channels)
     if isinstance(decomposition, BlockSVD):
         return ungrouped
+    if isinstance(decomposition, LowRankPlusColumns):
+        inputs = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels // layer.groups
+        return inputs > 1
     if isinstance(decomposition, SpatialSVD):
         return isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
     if isinstance(decomposition, Tucker2):

@@ -4,6 +4,7 @@ from lowrank_pl.decompositions.base import DENSE, ZERO, Analysis, Candidates, Ch
 from lowrank_pl.decompositions.block_svd import BlockSVD
 from lowrank_pl.decompositions.cheapest import Cheapest
 from lowrank_pl.decompositions.first_of import FirstOf
+from lowrank_pl.decompositions.low_rank_plus_columns import LowRankPlusColumns
 from lowrank_pl.decompositions.spatial_svd import SpatialSVD
 from lowrank_pl.decompositions.svd import SVD
 from lowrank_pl.decompositions.tiled_svd import TiledSVD
@@ -20,6 +21,7 @@ __all__ = [
     "Choice",
     "Decomposition",
     "FirstOf",
+    "LowRankPlusColumns",
     "SpatialSVD",
     "TiledSVD",
     "Tucker2",

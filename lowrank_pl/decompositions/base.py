@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -33,7 +33,10 @@ class Decomposition(Candidates):
     """A family of cheaper structures for a weight, indexed by a rank.
 
     Final subclasses are frozen dataclasses whose fields are the configuration. Weights come as PyTorch stores them.
+    `least` is the smallest value of an entry of the rank; where it is 0, not all of them may be.
     """
+
+    least: ClassVar[int] = 1
 
     @final
     def candidates(self, layer: LayerSpec) -> tuple[Decomposition, ...]:
@@ -41,7 +44,7 @@ class Decomposition(Candidates):
 
     @abstractmethod
     def full_rank(self, layer: LayerSpec) -> Rank:
-        """The largest rank, at which the projection changes nothing. The smallest is all ones."""
+        """The largest rank, at which the projection changes nothing."""
 
     @abstractmethod
     def layout(self, layer: LayerSpec, rank: Rank) -> Layout:
@@ -64,10 +67,11 @@ class Decomposition(Candidates):
 
     @final
     def check_rank(self, layer: LayerSpec, rank: Rank) -> None:
-        """Raise `ValueError` for a rank outside [1, full] in any entry."""
+        """Raise `ValueError` for a rank outside [least, full] in any entry, or 0 in all of them."""
         full = self.full_rank(layer)
-        if len(rank) != len(full) or not all(1 <= r <= most for r, most in zip(rank, full, strict=True)):
-            raise ValueError(f"Expected a rank from {(1,) * len(full)} to {full} but got {rank}")
+        inside = len(rank) == len(full) and all(self.least <= r <= most for r, most in zip(rank, full, strict=True))
+        if not inside or not any(rank):
+            raise ValueError(f"Expected a rank from {(self.least,) * len(full)} to {full} but got {rank}")
 
 
 class Analysis(ABC):
@@ -78,10 +82,15 @@ class Analysis(ABC):
     def errors(self) -> tuple[Tensor, ...]:
         """Per entry of the rank, the squared error that truncation costs: float64 `[full + 1]`, from rank 0 on.
 
-        Where the rank has several entries, the sum over them bounds the squared error of the projection from above. In
-        a metric they are exact for `SVD`, and estimates for all others (see `Stagewise`); the first is the squared norm
-        of the weight always.
+        Where the rank has several entries, the sum over them bounds the squared error of the projection from above, and
+        `errors_at` may know better. In a metric they are exact for `SVD`, and estimates for all others (see
+        `Stagewise`); the first is the squared norm of the weight always.
         """
+
+    def errors_at(self, ranks: Sequence[Rank]) -> list[float]:
+        """The squared error of each rank, or a bound of it: the sum over its entries, where nothing better is known."""
+        columns = zip(self.errors, zip(*ranks, strict=True), strict=True)
+        return torch.stack([tails[list(entries)] for tails, entries in columns]).sum(0).tolist()
 
     @abstractmethod
     def factor(self, rank: Rank) -> Structure:

@@ -9,6 +9,7 @@ from lowrank_pl.layers.lazy_weight import Factors, LazyWeight, Made, Source
 from lowrank_pl.layers.lowering import lowered_inputs, lowered_outputs
 from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, heard_inputs, linear_of, spec_of
 from lowrank_pl.layers.recurrent import SplitRecurrent, matrix_names, recurrent_inputs
+from lowrank_pl.layers.some_channels import SomeChannelsLayer, numbered, of_channels, places_of, spread, widened
 from lowrank_pl.layers.sparse import SparseLayer, has_bits, index_shape, packed, sparse_weight
 from lowrank_pl.layers.stacked_linear import StackedLinear
 from lowrank_pl.layers.sum import SumLayer
@@ -24,6 +25,7 @@ DEPLOYED = (
     GroupedLinear,
     SparseLayer,
     SumLayer,
+    SomeChannelsLayer,
     TiledLayer,
 )
 
@@ -40,6 +42,7 @@ __all__ = [
     "LazyWeight",
     "Made",
     "Run",
+    "SomeChannelsLayer",
     "Source",
     "SparseLayer",
     "SplitAttention",
@@ -60,12 +63,17 @@ __all__ = [
     "lowered_inputs",
     "lowered_outputs",
     "matrix_names",
+    "numbered",
+    "of_channels",
     "packed",
+    "places_of",
     "recurrent_inputs",
     "sparse_weight",
     "spec_of",
+    "spread",
     "tied",
     "tile_regions",
     "tile_side",
     "weight_of_tiles",
+    "widened",
 ]

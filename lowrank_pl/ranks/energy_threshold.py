@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-import torch
-
 from lowrank_pl.checks import check_number
 from lowrank_pl.decompositions import Choice
 from lowrank_pl.layer_spec import LayerSpec
@@ -34,15 +32,14 @@ class EnergyThreshold(RankRule):
         return [Choice(problem.decomposition, self._smallest(problem)) for problem in problems]
 
     def _smallest(self, problem: RankProblem) -> Rank:
-        tails = [spectrum.cpu() for spectrum in problem.errors]
-        allowed = (1 - self.p) ** 2 * float(tails[0][0])
-        if len(tails) == 1:
-            return (max(int((tails[0] > allowed).sum()), 1),)
-        # Going along the first entry, the smallest second one that the rest of the error allows.
+        analysis, least = problem.analysis(problem.decomposition), problem.decomposition.least
+        allowed = (1 - self.p) ** 2 * float(analysis.errors[0][0])
+        if len(problem.full) == 1:
+            return (max(int((analysis.errors[0] > allowed).sum()), 1),)
+        # Going along the first entry, the smallest second one that is enough.
         candidates = []
-        for first in range(1, len(tails[0])):
-            left = allowed - float(tails[0][first])
-            if left >= 0:
-                second = int(torch.searchsorted(-tails[1].contiguous(), -left))
-                candidates.append((first, min(max(second, 1), problem.full[1])))
+        for first in range(least, problem.full[0] + 1):
+            ranks = [(first, second) for second in range(least, problem.full[1] + 1) if first or second]
+            enough = [error <= allowed for error in analysis.errors_at(ranks)]
+            candidates += [ranks[enough.index(True)]] if any(enough) else []
         return min(candidates, key=lambda rank: (problem.num_weights(rank), rank))

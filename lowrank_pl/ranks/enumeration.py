@@ -129,9 +129,8 @@ class _Grid:
     cheaper: Array
 
     def errors(self, problem: RankProblem) -> Array:
-        """The squared errors; where a rank has several entries their sum, a bound."""
-        tails = problem.analysis(self.decomposition).errors
-        return np.asarray(np.sum([t.cpu().numpy()[self.ranks[:, i]] for i, t in enumerate(tails)], axis=0))
+        """The squared errors, or bounds of them."""
+        return np.array(problem.analysis(self.decomposition).errors_at([choice.rank for choice in self.choices]))
 
 
 @cache
@@ -143,21 +142,22 @@ def _grids(layer: LayerSpec, method: Candidates, cost: Cost) -> list[_Grid]:
     dense = dense_cost(layer, cost)
     found = []
     for decomposition in method.candidates(layer):
-        ranks = _some_ranks(decomposition.full_rank(layer))
+        ranks = _some_ranks(decomposition.full_rank(layer), decomposition.least)
         choices = [Choice(decomposition, tuple(rank)) for rank in ranks.tolist()]
         layouts = [choice.layout(layer) for choice in choices]
         costs = np.array([price(cost, choice, layout) for choice, layout in zip(choices, layouts, strict=True)])
         _check_growing(ranks, costs)
         weights = np.array([layout.num_weights for layout in layouts])
         cheaper = (weights < layer.num_weights) & (costs < dense)
-        found.append(_Grid(decomposition, ranks, choices, costs, cheaper))
+        some = np.flatnonzero(ranks.any(axis=1))  # no entry at all is `ZERO`
+        found.append(_Grid(decomposition, ranks[some], [choices[i] for i in some], costs[some], cheaper[some]))
     return found
 
 
-def _some_ranks(full: Rank) -> Array:
+def _some_ranks(full: Rank, least: int) -> Array:
     """All ranks up to the full one, or, where the rank has several entries, evenly spaced values of each."""
     steps = [1 if len(full) == 1 else -(-most // VALUES_PER_ENTRY) for most in full]
-    axes = [sorted({1, *range(step, most + 1, step), most}) for most, step in zip(full, steps, strict=True)]
+    axes = [sorted({least, 1, *range(step, most + 1, step), most}) for most, step in zip(full, steps, strict=True)]
     return np.array(list(itertools.product(*axes)), dtype=int)
 
 

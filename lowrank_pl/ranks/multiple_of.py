@@ -54,7 +54,9 @@ class MultipleOf(RankRule):
         full = choice.decomposition.full_rank(problem.layer)
         if choice.rank == full:
             return choice
-        multiples = (min(max(r // self.m * self.m, self.m), most) for r, most in zip(choice.rank, full, strict=True))
+        multiples = (
+            min(max(r // self.m * self.m, self.m), most) if r else 0 for r, most in zip(choice.rank, full, strict=True)
+        )
         return Choice(choice.decomposition, tuple(multiples))
 
     def note(self, problem: RankProblem, rank: Rank) -> str | None:

@@ -15,15 +15,25 @@ from cases import DECOMPOSITIONS, LAYERS, finals, make_layer, some_ranks, spec_o
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_pl.decompositions import DENSE, ZERO, Analysis, Choice, Decomposition, TiledSVD, Tucker2
+from lowrank_pl.decompositions import (
+    DENSE,
+    ZERO,
+    Analysis,
+    Choice,
+    Decomposition,
+    LowRankPlusColumns,
+    TiledSVD,
+    Tucker2,
+)
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import ConstantLayer, TiledLayer, as_operator, spec_of
+from lowrank_pl.layers import ConstantLayer, TiledLayer, spec_of
 from lowrank_pl.ranks import RankProblem
 from lowrank_pl.structures import (
     Chain,
     Constant,
     Dense,
     Layout,
+    SomeChannels,
     Sparse,
     Structure,
     Sum,
@@ -85,7 +95,7 @@ def test_layouts_structures_and_analyses_are_final_and_frozen(kind):
 
 
 def test_every_layout_is_tested():
-    assert set(finals(Layout)) == {Chain, Constant, Dense, Sparse, Sum, Tiles}
+    assert set(finals(Layout)) == {Chain, Constant, Dense, SomeChannels, Sparse, Sum, Tiles}
 
 
 @pytest.mark.parametrize(("decomposition", "name"), PAIRS, ids=lambda x: str(x).replace(" ", ""))
@@ -146,10 +156,11 @@ def test_spectra(decomposition, name):
 
 @each_pair
 def test_errors(decomposition, name):
-    """The squared error is what the spectrum says, or at most the sum of several; it never grows with the rank."""
+    """The squared error is what the spectrum says, or at most what several say; it never grows with the rank."""
     layer, _ = make_layer(name)
     spec = spec_of(layer)
-    spectra = decomposition.analyze(layer.weight.detach(), spec).errors
+    analysis = decomposition.analyze(layer.weight.detach(), spec)
+    spectra = analysis.errors
     energy = float(layer.weight.detach().square().sum())
     errors = []
     for rank in some_ranks(decomposition.full_rank(spec)):
@@ -157,11 +168,13 @@ def test_errors(decomposition, name):
         assert projected.shape == layer.weight.shape
         assert projected.dtype == layer.weight.dtype
         errors.append(float((layer.weight.detach() - projected).square().sum()))
-        bound = sum(float(spectrum[r]) for spectrum, r in zip(spectra, rank, strict=True))
+        (bound,) = analysis.errors_at([rank])
+        assert bound <= sum(float(spectrum[r]) for spectrum, r in zip(spectra, rank, strict=True)) + 1e-12 * energy
         if len(rank) == 1:
             assert errors[-1] == pytest.approx(bound, abs=1e-12 * energy)
         else:
             assert errors[-1] <= bound + 1e-12 * energy
+        if isinstance(decomposition, Tucker2):
             assert errors[-1] >= max(float(s[r]) for s, r in zip(spectra, rank, strict=True)) - 1e-12 * energy
     assert errors == sorted(errors, reverse=True) or max(errors) <= 1e-20 * energy
 
@@ -194,7 +207,9 @@ def test_parameters(decomposition, name):
         assert weights == structure.num_weights == decomposition.layout(spec, rank).num_weights
         assert all(p.is_leaf and p.requires_grad and p.is_contiguous() for p in parameters)
         assert not any(p is layer.weight or p is bias for p in parameters)
-        assert not list(module.buffers())
+        assert not any(buffer.is_floating_point() for buffer in module.buffers())  # they say where weights stand
+        stored = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+        assert stored == structure.layout.index_bytes
     without = structure.to_module(None)
     assert sum(p.numel() for p in without.parameters()) == structure.num_weights
 
@@ -222,8 +237,8 @@ def test_bad_ranks(decomposition, name):
     layer, _ = make_layer(name)
     spec = spec_of(layer)
     full = decomposition.full_rank(spec)
-    low, high = (0, *full[1:]), (*full[:-1], full[-1] + 1)
-    for rank in (low, high, (-1, *full[1:]), (*full, 1), full[1:], ()):
+    low, high = (decomposition.least - 1, *full[1:]), (*full[:-1], full[-1] + 1)
+    for rank in (low, high, (-1, *full[1:]), (*full, 1), full[1:], (), (0,) * len(full)):
         with pytest.raises(ValueError, match="Expected a rank from"):
             decomposition.factor(layer.weight, spec, rank)
 
@@ -315,7 +330,7 @@ def check_layout(structure, spec, layer, x):
     layout, tensors = structure.layout, structure.tensors
     assert layout.layer == spec
     assert tuple(tuple(tensor.shape) for tensor in tensors) == layout.shapes()
-    stored = sum(tensor.numel() for tensor in tensors)
+    stored = sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
     assert layout.num_weights == structure.num_weights == stored
     assert sum(stage.num_weights for stage in layout.stages) == stored
     assert torch.equal(structure.reconstruct(), layout.weight(tensors))
@@ -323,9 +338,9 @@ def check_layout(structure, spec, layer, x):
     assert structure.macs == layout.macs == counted(structure.to_module(layer.bias), x[:1])
     for bias in {None, layer.bias}:
         module = structure.to_module(bias)
-        filled, empty = dict(module.named_parameters()), layout.build(bias is not None)
+        filled, empty = module.state_dict(), layout.build(bias is not None)
         assert type(empty) is type(module)
-        assert {k: v.shape for k, v in empty.named_parameters()} == {k: v.shape for k, v in filled.items()}
+        assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in filled.items()}
         named = layout.parameters(tensors, bias)
         assert named.keys() == filled.keys()
         assert all(torch.equal(named[key], filled[key]) for key in named)
@@ -366,9 +381,7 @@ def test_a_layout_says_all_about_its_structure(decomposition, name):
             assert form.forms() == (form,)
             module = check_layout(structure.with_layout(form), spec, layer, x)
             check_round_trip(form, spec)
-            factors = [value.detach() for value in module.parameters()]
-            if isinstance(form, Chain):
-                factors = [as_operator(w, stage) for w, stage in zip(factors, form.stages, strict=True)]
+            factors = form.tensors(module)
             assert all(map(torch.equal, factors, structure.tensors))
             assert tuple(tuple(factor.shape) for factor in factors) == form.shapes()
         check_layout(structure, spec, layer, x)
@@ -386,17 +399,28 @@ def test_stages_are_what_runs(decomposition, name):
         module = structure.with_layout(dataclasses.replace(layout, run="factors")).to_module(None)
         assert total_macs(layout.stages) == counted(module, x[:1])
         return
-    assert layout.stages[0].inputs == spec.inputs
-    assert layout.stages[-1].outputs == spec.outputs
     seen, module = [], structure.to_module(None)
-    for stage in module:
-        stage.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].shape, output.shape)))
+    for stages, links in rows_of_layers(layout, module):
+        assert stages[0].inputs == spec.inputs
+        assert stages[-1].outputs == spec.outputs
+        for link in links:
+            link.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].shape, output.shape)))
     module(x[:1])
     for stage, (before, after) in zip(layout.stages, seen, strict=True):
         assert math.prod(before) == stage.in_channels * sum(math.prod(size) for size in stage.inputs)
         assert math.prod(after) == stage.out_channels * sum(math.prod(size) for size in stage.outputs)
         if stage.kind != "linear":
             assert tuple(before[2:]) == stage.inputs[0][1:]
+
+
+def rows_of_layers(layout, module):
+    """The stages that follow each other, with the layers that they are deployed as."""
+    if isinstance(layout, Sum):
+        pairs = zip(layout.parts, module.branches, strict=True)
+        return [row for part, branch in pairs for row in rows_of_layers(part, branch)]
+    if isinstance(layout, SomeChannels):
+        return rows_of_layers(layout.inner, module.inner)
+    return [(layout.stages, module if isinstance(layout, Chain) else [module])]
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -490,9 +514,13 @@ def test_one_analysis_serves_the_spectrum_and_the_factors(decomposition, name, d
     ranks = some_ranks(decomposition.full_rank(spec))
     problem = RankProblem(name, spec, decomposition, layer.weight.detach())
     errors = [error.clone() for error in problem.errors]
+    analyzed = len(calls)
     structures = [problem.structure(Choice(decomposition, rank)) for rank in ranks]
     assert all(map(torch.equal, problem.errors, errors))
-    if isinstance(decomposition, Tucker2):
+    if isinstance(decomposition, LowRankPlusColumns):  # looks for channels, rank by rank
+        assert analyzed == 1
+        matrices = len(calls)
+    elif isinstance(decomposition, Tucker2):
         matrices = 2  # the unfoldings; then those that it iterates over
         assert len(iterations) >= 2 * len(ranks)
     else:
@@ -506,7 +534,7 @@ def test_one_analysis_serves_the_spectrum_and_the_factors(decomposition, name, d
         alone = decomposition.factor(layer.weight, spec, rank)
         assert all(map(torch.equal, structure.tensors, alone.tensors))
         error = float((layer.weight.detach().double() - structure.reconstruct(torch.float64)).square().sum())
-        bound = sum(float(tail[r]) for tail, r in zip(errors, rank, strict=True))
+        (bound,) = problem.analysis(decomposition).errors_at([rank])
         energy = float(errors[0][0])
         assert error <= bound * (1 + 1e-6) + (1e-12 if dtype == torch.float32 else 1e-20) * energy
         if len(rank) == 1:
