@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers; below the same by name
     from lowrank_pl.adapters import Adapter, Experts, LinearMap, ReshapedParameters, register_adapter
-    from lowrank_pl.callbacks import DeepTwist, ExtractStructure, LearningCompression, LStep, MuSchedule, TrainingMetric
+    from lowrank_pl.callbacks import (
+        ADMM,
+        DeepTwist,
+        ExtractStructure,
+        LearningCompression,
+        LStep,
+        MuSchedule,
+        TrainingMetric,
+    )
     from lowrank_pl.costs import Latency, Macs, Params
     from lowrank_pl.decompositions import (
         SVD,
@@ -43,6 +51,7 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
 _HOMES = {
     "lowrank_pl.adapters": ("Adapter", "Experts", "LinearMap", "ReshapedParameters", "register_adapter"),
     "lowrank_pl.callbacks": (
+        "ADMM",
         "DeepTwist",
         "ExtractStructure",
         "LearningCompression",
@@ -85,6 +94,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = "0.2.0"
 __all__ = [
+    "ADMM",
     "EVBMF",
     "SVD",
     "Adapter",

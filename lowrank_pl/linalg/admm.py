@@ -52,7 +52,8 @@ class ADMMState:
     """A and B, the M that they were last fitted to, the multipliers Lambda of `A + B = M`, all `[groups, m, n]`, and
     the weight t of `t/2 ||A + B - M||^2`.
 
-    `lag` bounds how far A is from its own minimum, given the others: how far B has moved since.
+    `lag` bounds how far A is from its own minimum, given the others: how far B has moved since. `rank` is that of B,
+    the largest of all groups.
     """
 
     m: Tensor
@@ -61,6 +62,7 @@ class ADMMState:
     multipliers: Tensor
     t: float
     lag: float = 0.0
+    rank: int = 0
 
     @classmethod
     def at(cls, m: Tensor, t: float) -> ADMMState:
@@ -83,8 +85,16 @@ class ADMMState:
         for _ in range(rounds):
             before = b
             a, _ = shrink_columns(wanted - b, norms.lambda_1 / self.t, norms.width)
-            b, _ = shrink_singular_values(wanted - a, norms.lambda_2 / self.t)
-        return replace(self, a=a, b=b, lag=_norm(b - before))
+            b, values = shrink_singular_values(wanted - a, norms.lambda_2 / self.t)
+        return replace(self, a=a, b=b, lag=_norm(b - before), rank=int((values > 0).sum(-1).max()))
+
+    def channels(self, width: int) -> Tensor:
+        """The blocks of columns, ascending, that A has: `[groups, c]`, as many in each group as any has, filled up with
+        those that B is furthest from."""
+        kept = column_norms(self.a, width) > 0
+        count = int(kept.sum(1).max())
+        missed = column_norms(self.m - self.b, width).masked_fill(kept, torch.inf)
+        return missed.topk(count, dim=1).indices.sort(1).values
 
     def moved(self, m: Tensor) -> tuple[ADMMState, Residuals]:
         """With another M, and `Lambda + t (A + B - M)`."""
