@@ -38,11 +38,14 @@ class ADMM(AlternatingCallback):
     if it had not stopped.
 
     Args:
-        lambda_1: loss, in each layer, for its own weight as it is at the start, as A: for all of its channels. Where
-            its columns are all alike, `lambda_1 / S` for each.
-        lambda_2: the same for B: for all of its singular values.
-        t0: the weight t of the penalty at the first step; of the size of LC's `mu0`.
-        growth: t is multiplied by it at every proximal step.
+        lambda_1: for its own weight as it is at the start, as A, a layer pays `lambda_1 ||W||^2` in loss. So at the first
+            step channels smaller than `lambda_1 / t0` of the mean one vanish, and weights are pulled towards 0 at most
+            at about the rate of a weight decay of `lambda_1`, the same in every layer. For something to happen,
+            `lambda_1` times learning rate (over 1 - momentum) times optimizer steps must come to about 1.
+        lambda_2: the same for B and its singular values.
+        t0: the weight t of the penalty at the first step, as LC's mu: learning rate times t must be below 1 or so.
+        growth: t is multiplied by it at every proximal step. Above 1 A and B come near to the weights sooner, and have
+            fewer zeros.
         balance: in place of that, t is doubled or halved, layer by layer, where one of the residuals is ten times the
             other (Boyd et al., 2011, 3.4.1).
         steps: proximal steps, the first one included.
@@ -64,8 +67,8 @@ class ADMM(AlternatingCallback):
         self,
         lambda_1: float,
         lambda_2: float,
-        t0: float = 1e-2,
-        growth: float = 1.2,
+        t0: float = 0.1,
+        growth: float = 1.0,
         balance: bool = False,
         steps: int = 40,
         patience: int = 5,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lowrank_pl.compression import Compression, Plan
 from lowrank_pl.decompositions import DENSE, ZERO, Choice, LowRankPlusColumns
 from lowrank_pl.layers import lowered
+from lowrank_pl.linalg import squared_norm
 from lowrank_pl.linalg.admm import ADMMState, Norms, Residuals
 from lowrank_pl.metric import Metric, columns_of
 from lowrank_pl.structures import Structure
@@ -106,8 +107,9 @@ def split_step(
 ) -> tuple[Splits, SplitStep]:
     """The multipliers for the weights as they are now, `Lambda + t (A + B - W)`; then A and B.
 
-    The lambdas are in loss for each layer's own weight as it is at its first step: as A it costs `lambda_1`, as B it
-    costs `lambda_2`. t, the weight of `t/2 ||W - A - B||^2` at the first step, in loss, grows by `growth` from step to
+    For each layer's own weight as it is at its first step A costs `lambda_1 ||W||^2` in loss, B `lambda_2 ||W||^2`: then
+    the channels (singular values) smaller than `lambda / t` of the mean one vanish, and no layer's weights are pulled
+    at more than about the rate that a weight decay of `lambda` has. t, the weight of `t/2 ||W - A - B||^2` at the first step, in loss, grows by `growth` from step to
     step, or, with `balance`, layer by layer as the residuals say. Weights and state are left as they are. Raises
     `ValueError` with the layer's name for weights that are not finite.
     """
@@ -117,7 +119,8 @@ def split_step(
         weight = lowered(c.read(), c.layer).clone(memory_format=torch.contiguous_format)
         if state is None or not state.knows(c):
             width = columns_of(c.layer) // (c.layer.in_channels // c.layer.groups)
-            norms[c.name] = Norms.relative(weight, width, lambda_1, lambda_2)
+            energy = squared_norm(c.read())
+            norms[c.name] = Norms.relative(weight, width, lambda_1 * energy, lambda_2 * energy)
             moved = ADMMState.at(weight, t)
         else:
             norms[c.name] = state.norms[c.name]
