@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
     from lowrank_pl.planning import make_plan
     from lowrank_pl.ranks import (
         EVBMF,
+        ADMMRanks,
         CompressionRatio,
         CostBudget,
         CostPenalty,
@@ -77,6 +78,7 @@ _HOMES = {
     ),
     "lowrank_pl.ranks": (
         "EVBMF",
+        "ADMMRanks",
         "CompressionRatio",
         "CostBudget",
         "CostPenalty",
@@ -97,6 +99,7 @@ __all__ = [
     "ADMM",
     "EVBMF",
     "SVD",
+    "ADMMRanks",
     "Adapter",
     "BlockSVD",
     "Call",

@@ -20,6 +20,7 @@ from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
 from lowrank_pl.ranks import (
     EVBMF,
+    ADMMRanks,
     CompressionRatio,
     CostBudget,
     CostPenalty,
@@ -126,6 +127,7 @@ RULES = (
     CostBudget("params", 0.8),
     GreedyEnergy("params", 0.8),
     EVBMF(),
+    ADMMRanks(0.3, 0.4),
     MultipleOf(CompressionRatio(2.0), 3),
 )
 

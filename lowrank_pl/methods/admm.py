@@ -107,11 +107,11 @@ def split_step(
 ) -> tuple[Splits, SplitStep]:
     """The multipliers for the weights as they are now, `Lambda + t (A + B - W)`; then A and B.
 
-    For each layer's own weight as it is at its first step A costs `lambda_1 ||W||^2` in loss, B `lambda_2 ||W||^2`: then
-    the channels (singular values) smaller than `lambda / t` of the mean one vanish, and no layer's weights are pulled
-    at more than about the rate that a weight decay of `lambda` has. t, the weight of `t/2 ||W - A - B||^2` at the first step, in loss, grows by `growth` from step to
-    step, or, with `balance`, layer by layer as the residuals say. Weights and state are left as they are. Raises
-    `ValueError` with the layer's name for weights that are not finite.
+    A layer's own weight, as it is at its first step, costs `lambda_1 ||W||^2` in loss as A, `lambda_2 ||W||^2` as B:
+    then channels (singular values) smaller than `lambda / t` of the mean one vanish, and no layer's weights are pulled
+    at more than about the rate of a weight decay of `lambda`. t, the weight of `t/2 ||W - A - B||^2` at the first step,
+    in loss, grows by `growth` from step to step, or, with `balance`, layer by layer as the residuals say. Weights and
+    state are left as they are. Raises `ValueError` with the layer's name for weights that are not finite.
     """
     plan.check_finite()
     layers, norms, residuals, penalty = {}, {}, [], 0.0

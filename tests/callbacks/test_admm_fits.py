@@ -155,8 +155,8 @@ def test_bad_arguments(arguments, message):
 
 
 def test_digits_end_with_fewer_channels(tmp_path):
-    """LeNet300, 15 epochs and 15 more: within four points of the dense network at a quarter of the weights, and what has
-    been saved runs."""
+    """LeNet300, 15 epochs and 15 more: within four points of the dense network at a quarter of the weights;
+    what has been saved runs."""
     digits = load_digits()
     x, y = torch.tensor(digits.images / 16 - 0.3, dtype=torch.float32).unsqueeze(1), torch.tensor(digits.target)
     test = x[1400:], y[1400:]

@@ -58,7 +58,9 @@ def test_one_rank_within_bounds_for_each_problem(decomposition, rule):
             continue
         assert choice.decomposition == decomposition
         assert len(choice.rank) == len(full)
-        assert all(type(r) is int and 1 <= r <= most for r, most in zip(choice.rank, full, strict=True))
+        assert all(
+            type(r) is int and decomposition.least <= r <= most for r, most in zip(choice.rank, full, strict=True)
+        )
         alone = decomposition.factor(problem.weight, problem.layer, choice.rank)
         assert torch.equal(structure.reconstruct(), alone.reconstruct())
 
@@ -127,6 +129,8 @@ BAD_ARGUMENTS = [
     (partial(CostBudget, "params"), "ratio", [0, -0.5, 1.01, "0.5", None, True, float("nan")]),
     (CostBudget, "cost", ["mac", None, 3]),
     (partial(GreedyEnergy, "params"), "ratio", [0, -0.5, 1.01, "0.5", None, True, float("nan")]),
+    (partial(ADMMRanks, lambda_2=0.1), "lambda_1", [0, -1, "1", None, True, float("nan"), float("inf")]),
+    (partial(ADMMRanks, 0.1), "lambda_2", [0, "0.1", float("inf")]),
     (partial(MultipleOf, FixedRank(8)), "m", [0, -8, 2.0, "8", None, True]),
 ]
 
