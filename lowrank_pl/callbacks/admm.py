@@ -39,8 +39,8 @@ class ADMM(AlternatingCallback):
 
     Args:
         lambda_1: for its own weight as it is at the start, as A, a layer pays `lambda_1 ||W||^2` in loss. So at the
-            first step channels smaller than `lambda_1 / t0` of the mean one vanish, and weights are pulled towards 0 at most
-            at about the rate of a weight decay of `lambda_1`, the same in every layer. For something to happen,
+            first step channels smaller than `lambda_1 / t0` of the mean one vanish, and weights are pulled towards 0 at
+            most at about the rate of a weight decay of `lambda_1`, the same in every layer. For something to happen,
             `lambda_1` times learning rate (over 1 - momentum) times optimizer steps must come to about 1.
         lambda_2: the same for B and its singular values.
         t0: the weight t of the penalty at the first step, as LC's mu: learning rate times t must be below 1 or so.
