@@ -77,7 +77,7 @@ def row(name: str, directory: Path) -> dict[str, Any]:
 def epochs(config: Any) -> str:
     """How long a run trains, stage by stage: the reference, the method, then, where it is fine-tuned, the factors."""
     method = config.compression
-    if not method.get("_target_", "").endswith("LearningCompression"):
+    if not method.get("_target_", "").endswith((".LearningCompression", ".ADMM")):
         stages = [config.trainer.max_epochs]
     elif method.l_step_epochs is not None:
         stages = [(method.steps - 1) * method.l_step_epochs, config.finetune.get("epochs", 0)]

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers; below the same by name
     from lowrank_pl.adapters import Adapter, Experts, LinearMap, ReshapedParameters, register_adapter
-    from lowrank_pl.callbacks import DeepTwist, ExtractStructure, LearningCompression, LStep, MuSchedule, TrainingMetric
+    from lowrank_pl.callbacks import (
+        ADMM,
+        DeepTwist,
+        ExtractStructure,
+        LearningCompression,
+        LStep,
+        MuSchedule,
+        TrainingMetric,
+    )
     from lowrank_pl.costs import Latency, Macs, Params
     from lowrank_pl.decompositions import (
         CP,
@@ -16,6 +24,7 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
         BlockSVD,
         Cheapest,
         FirstOf,
+        LowRankPlusColumns,
         LowRankPlusSparse,
         SeparableSVD,
         SpatialSVD,
@@ -29,6 +38,7 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
     from lowrank_pl.planning import make_plan
     from lowrank_pl.ranks import (
         EVBMF,
+        ADMMRanks,
         CompressionRatio,
         CostBudget,
         CostPenalty,
@@ -47,6 +57,7 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
 _HOMES = {
     "lowrank_pl.adapters": ("Adapter", "Experts", "LinearMap", "ReshapedParameters", "register_adapter"),
     "lowrank_pl.callbacks": (
+        "ADMM",
         "DeepTwist",
         "ExtractStructure",
         "LearningCompression",
@@ -67,6 +78,7 @@ _HOMES = {
         "BlockSVD",
         "Cheapest",
         "FirstOf",
+        "LowRankPlusColumns",
         "LowRankPlusSparse",
         "SeparableSVD",
         "SpatialSVD",
@@ -76,6 +88,7 @@ _HOMES = {
     ),
     "lowrank_pl.ranks": (
         "EVBMF",
+        "ADMMRanks",
         "CompressionRatio",
         "CostBudget",
         "CostPenalty",
@@ -93,9 +106,11 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = "0.2.0"
 __all__ = [
+    "ADMM",
     "CP",
     "EVBMF",
     "SVD",
+    "ADMMRanks",
     "Adapter",
     "BlockSVD",
     "Call",
@@ -115,6 +130,7 @@ __all__ = [
     "LayerSpec",
     "LearningCompression",
     "LinearMap",
+    "LowRankPlusColumns",
     "LowRankPlusSparse",
     "Macs",
     "MuSchedule",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import as_operator, as_stored
+from lowrank_pl.layers import as_operator, as_stored, places_of
 from lowrank_pl.linalg import Root, product_dtype
 
 
@@ -72,6 +72,14 @@ class Metric:
     def rows(self, places: int = 1) -> Root | None:
         """The root for output channels, each at so many places: `[groups, T / groups * places, ...]`."""
         return self.outputs if self.outputs is None or places == 1 else self.outputs.repeated(places)
+
+    def of_channels(self, layer: LayerSpec, channels: Tensor) -> Metric:
+        """That of `layer`, which is given these input channels alone, `[c]`, and is otherwise the same."""
+        inputs = self.inputs
+        if inputs is not None:
+            index = columns_of_channels(self.layer, channels)
+            inputs = inputs.to(index.device).part(index)
+        return Metric(layer, inputs, self.outputs, self.sweeps)
 
     def whiten(self, operator: Tensor) -> Tensor:
         """`[groups, m, S / groups, *kernel]` to `[groups, m, k]`, whose products are those in A."""
@@ -158,6 +166,14 @@ def columns_of(layer: LayerSpec) -> int:
     """How many inputs its matrices have, in each group."""
     of_patches = layer.kind != "conv_transpose"
     return layer.num_weights // layer.out_channels if of_patches else layer.in_channels // layer.groups
+
+
+def columns_of_channels(layer: LayerSpec, channels: Tensor) -> Tensor:
+    """Those of its matrices, in each group, that these input channels `[c]` are multiplied by: `[groups, columns]`."""
+    width = columns_of(layer) // (layer.in_channels // layer.groups)
+    places = places_of(channels, layer).unsqueeze(2) * width
+    columns: Tensor = (places + torch.arange(width, device=channels.device)).flatten(1)
+    return columns
 
 
 def lowered_roots(metric: Metric) -> tuple[Root | None, Root | None]:

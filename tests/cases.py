@@ -13,6 +13,7 @@ from lowrank_pl.decompositions import (
     SVD,
     BlockSVD,
     Decomposition,
+    LowRankPlusColumns,
     LowRankPlusSparse,
     SeparableSVD,
     SpatialSVD,
@@ -24,6 +25,7 @@ from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import spec_of
 from lowrank_pl.ranks import (
     EVBMF,
+    ADMMRanks,
     CompressionRatio,
     CostBudget,
     CostPenalty,
@@ -115,6 +117,7 @@ DECOMPOSITIONS: tuple[Decomposition, ...] = (
     TensorTrain(((3, 3, 2), (2, 3, 2)), run="dense"),
     LowRankPlusSparse(),
     LowRankPlusSparse("tucker2", share=0.2),
+    LowRankPlusColumns(),
 )
 
 RULES = (
@@ -136,6 +139,7 @@ RULES = (
     CostBudget("params", 0.8),
     GreedyEnergy("params", 0.8),
     EVBMF(),
+    ADMMRanks(0.3, 0.4),
     MultipleOf(CompressionRatio(2.0), 3),
 )
 
@@ -160,6 +164,7 @@ def supports(decomposition: Decomposition, layer: nn.Module) -> bool:
         BlockSVD: groups == 1,
         Tucker2: groups == 1 and not is_linear,
         CP: groups == 1 and not is_linear,
+        LowRankPlusColumns: (layer.in_features if is_linear else layer.in_channels // groups) > 1,
     }
     if isinstance(decomposition, LowRankPlusSparse):
         return supports(decomposition.spectral, layer)

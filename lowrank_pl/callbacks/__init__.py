@@ -1,5 +1,7 @@
 """Lightning callbacks."""
 
+from lowrank_pl.callbacks.admm import ADMM
+from lowrank_pl.callbacks.alternating import AlternatingCallback
 from lowrank_pl.callbacks.compression_callback import CompressionCallback
 from lowrank_pl.callbacks.deeptwist import DeepTwist
 from lowrank_pl.callbacks.extract_structure import ExtractStructure
@@ -8,6 +10,8 @@ from lowrank_pl.callbacks.learning_compression import LearningCompression
 from lowrank_pl.callbacks.training_metric import TrainingMetric
 
 __all__ = [
+    "ADMM",
+    "AlternatingCallback",
     "CompressionCallback",
     "DeepTwist",
     "ExtractStructure",

@@ -38,13 +38,13 @@ def check_targets(trainer: pl.Trainer, plan: Plan) -> None:
             )
 
 
-def check_optimizers(trainer: pl.Trainer) -> None:
+def check_optimizers(trainer: pl.Trainer, name: str) -> None:
     """Raise `ValueError` for optimizers that would not see the penalty as it is."""
     for optimizer in trainer.optimizers:
         if isinstance(getattr(optimizer, "optimizer", optimizer), LBFGS):
             raise ValueError(
-                "LearningCompression adds the penalty to gradients, but LBFGS evaluates the loss by itself: expected "
-                "an optimizer that takes one step per gradient, such as SGD or Adam"
+                f"{name} adds the penalty to gradients, but LBFGS evaluates the loss by itself: expected an "
+                "optimizer that takes one step per gradient, such as SGD or Adam"
             )
         if trainer.precision == "16-mixed" and any(group.get("fused") for group in optimizer.param_groups):
             raise ValueError(
@@ -82,15 +82,14 @@ def warn_of_dense(plan: Plan, rule: CostPenalty | CostBudget, state: LCState, mu
     )
 
 
-def warn_of_learning_rate(trainer: pl.Trainer, state: LCState) -> bool:
-    """Whether it had to be said that gradient descent on the penalty will diverge. In a metric this is as stiff as its
-    largest eigenvalue is."""
-    mu, stiff = state.mu, max([1.0, *(metric.largest for metric in state.metrics.values())])
+def warn_of_learning_rate(trainer: pl.Trainer, name: str, mu: float, stiff: float = 1.0) -> bool:
+    """Whether it had to be said that gradient descent on the penalty `mu/2 ||W - ...||^2` will diverge. In a metric
+    this is as stiff as its largest eigenvalue is, `stiff`."""
     ratio = max((stability(o, mu * stiff) for o in trainer.optimizers if isinstance(o, SGD)), default=0.0)
     if ratio > 0.8:
-        beside = f" and the metric's largest eigenvalue, {stiff:.3g}," if state.metrics else ""
+        beside = f" and the metric's largest eigenvalue, {stiff:.3g}," if stiff != 1 else ""
         warnings.warn(
-            f"The learning rate times mu = {mu:.3g}{beside} is {ratio:.2f} of what gradient descent on the "
+            f"The learning rate times {name} = {mu:.3g}{beside} is {ratio:.2f} of what gradient descent on the "
             "penalty is stable at: lower the learning rate (`lr_decay`), `growth` or `steps`",
             stacklevel=2,
         )

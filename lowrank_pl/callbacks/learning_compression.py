@@ -7,31 +7,27 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from pytorch_lightning.utilities import move_data_to_device
-from torch.optim import Optimizer
+from torch import nn
 from typing_extensions import Unpack
 
-from lowrank_pl.callbacks.compression_callback import CompressionCallback, Occasion, rank_metrics
+from lowrank_pl.callbacks.alternating import AlternatingCallback
+from lowrank_pl.callbacks.compression_callback import Occasion, rank_metrics
 from lowrank_pl.callbacks.lc_settings import LCSettings, LStep, MuSchedule, schedule_and_l_step
 from lowrank_pl.callbacks.lc_warnings import (
-    check_optimizers,
-    check_targets,
     lambda_in_words,
     warn_of_dense,
     warn_of_gap,
     warn_of_learning_rate,
     warn_of_zeros,
 )
-from lowrank_pl.callbacks.learning_rate import clear_momentum_, start_l_step_, stiffest
+from lowrank_pl.callbacks.learning_rate import stiffest
 from lowrank_pl.callbacks.training_metric import MetricChoice
 from lowrank_pl.compression import Plan, write_weights_
 from lowrank_pl.costs import Cost, Latency, resolve_cost
 from lowrank_pl.decompositions import DENSE
 from lowrank_pl.methods import CStep, Distortion, LCState, add_penalty_gradients_, c_step
 from lowrank_pl.names import same_words
-from lowrank_pl.planning import MethodChoice, make_plan
-from lowrank_pl.processes import from_first, is_parallel
+from lowrank_pl.planning import MethodChoice
 from lowrank_pl.ranks import CostBudget, CostPenalty
 from lowrank_pl.ranks.caps import Caps
 from lowrank_pl.report import print_plan
@@ -39,7 +35,7 @@ from lowrank_pl.targets import Targets
 from lowrank_pl.terminal import terminal
 
 
-class LearningCompression(CompressionCallback):
+class LearningCompression(AlternatingCallback):
     """Learn weights and ranks together: minimize `loss + lambda sum_k ||W_k||^2 C_k(r_k)`, or the loss under a budget.
 
     Idelbayev & Carreira-Perpinan, Low-rank Compression of Neural Nets: Learning the Rank of Each Layer (CVPR 2020),
@@ -115,8 +111,6 @@ class LearningCompression(CompressionCallback):
         self.schedule, self.l_step = schedule_and_l_step(schedule, l_step, settings)
         self.normalize = normalize
         self.state: LCState | None = None
-        self.epochs = 0  # of the current L step
-        self.finished = False
         self._loaded: Mapping[str, Any] | None = None
         self._warned = False
 
@@ -125,42 +119,20 @@ class LearningCompression(CompressionCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.state, self.epochs, self.finished, self._loaded, self._warned = None, 0, False, None, False
+            self.state, self._loaded, self._warned = None, None, False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        check_optimizers(trainer)
-        check_targets(trainer, make_plan(pl_module, self.method, self.rule, self.targets, training=True))
         if isinstance(self.rule.charged, Latency):
             self.rule.charged.check()
         super().on_train_start(trainer, pl_module)
-        trainer.should_stop = trainer.should_stop or self.finished
 
     def planned(self, trainer: pl.Trainer, plan: Plan) -> None:
         if self._loaded is not None:
             self.state, self._loaded = LCState.from_dict(self._loaded, plan), None
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        if pl_module.automatic_optimization:  # else this may be the first of several steps on the first batch
-            self.finish_listening(trainer, pl_module)
-        if self.plan is None or self.trace is None:
-            return
-        self._start(trainer, self.plan)
+    def add_gradients_(self, plan: Plan, only: Collection[nn.Parameter]) -> None:
         assert self.state is not None
-        add_penalty_gradients_(self.plan, self.state, [p for group in optimizer.param_groups for p in group["params"]])
-
-    def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        assert self.plan is not None
-        self._start(trainer, self.plan)
-        self.epochs += int(trainer.is_last_batch)
-        if self.l_step.epochs is not None:
-            due = self.epochs >= self.l_step.epochs
-        else:
-            assert self.l_step.steps is not None
-            due = trainer.global_step - self.last_step >= self.l_step.steps
-        if due and not self.finished:
-            self._c_step(trainer, self.plan)
+        add_penalty_gradients_(plan, self.state, only)
 
     def project(self, trainer: pl.Trainer, plan: Plan, occasion: Occasion) -> Distortion:
         state = self.state
@@ -182,7 +154,11 @@ class LearningCompression(CompressionCallback):
 
     # -- C steps ---------------------------------------------------------------------------------------------------
 
-    def _start(self, trainer: pl.Trainer, plan: Plan) -> None:
+    @property
+    def num_steps(self) -> int:
+        return self.schedule.steps
+
+    def start(self, trainer: pl.Trainer, plan: Plan) -> None:
         if self.state is None:
             lambda_ = self._c_step(trainer, plan).lambda_
             assert self.state is not None
@@ -193,6 +169,9 @@ class LearningCompression(CompressionCallback):
                 print_plan(plan.rows(self.state.choices), title="Low-rank structures after the first C step")
                 unit = lambda_in_words(plan, self.rule.charged, lambda_, self.state.scales if self.normalize else None)
                 terminal().print(unit, highlight=False)
+
+    def alternate(self, trainer: pl.Trainer, plan: Plan) -> None:
+        self._c_step(trainer, plan)
 
     def _c_step(self, trainer: pl.Trainer, plan: Plan) -> CStep:
         j = 0 if self.state is None else self.state.steps
@@ -208,15 +187,13 @@ class LearningCompression(CompressionCallback):
             if trainer.is_global_zero and j > 0:
                 print_plan(plan.rows(self.state.choices), title="Low-rank structures after the last C step")
             return done
-        self._warned = self._warned or warn_of_learning_rate(trainer, self.state)
+        stiff = max([1.0, *(metric.largest for metric in self.state.metrics.values())])
+        self._warned = self._warned or warn_of_learning_rate(trainer, "mu", self.state.mu, stiff)
         if j > 0:
-            start_l_step_(trainer, self.l_step.lr_decay, self.l_step.restart_lr)
-            if self.l_step.clear_momentum:
-                clear_momentum_(trainer)
+            self.begin_l_step(trainer)
         return done
 
     def _next_state(self, trainer: pl.Trainer, plan: Plan, mu: float, next_mu: float) -> tuple[LCState, CStep]:
-        """The first process takes the C step, the others receive what came out."""
         metrics = self.metrics(plan)
 
         def step() -> tuple[LCState, CStep]:
@@ -226,24 +203,7 @@ class LearningCompression(CompressionCallback):
                 stiffest(trainer, self.schedule.mu(self.schedule.steps - 1)),
             )  # fmt: skip
 
-        if not is_parallel():
-            return step()
-        plan.check_finite()  # before: so that all raise together
-
-        def plain() -> tuple[Any, CStep]:
-            state, done = step()
-            return move_data_to_device(state.to_dict(plan), torch.device("cpu")), done
-
-        values, done = from_first(plain)
-        return LCState.from_dict(values, plan), done
-
-    @property
-    def length(self) -> dict[str, int]:
-        """How long the trainer takes for all C steps: its `max_epochs` or `max_steps`."""
-        if self.l_step.epochs is not None:
-            return {"max_epochs": max((self.schedule.steps - 1) * self.l_step.epochs, 1)}
-        assert self.l_step.steps is not None
-        return {"max_epochs": -1, "max_steps": max((self.schedule.steps - 1) * self.l_step.steps, 1)}
+        return self.of_first_process(plan, step, LCState.from_dict)
 
     @property
     def _normed(self) -> list[str]:
@@ -268,12 +228,11 @@ class LearningCompression(CompressionCallback):
 
     def state_dict(self) -> dict[str, Any]:
         state = self._loaded if self.state is None or self.plan is None else self.state.to_dict(self.plan)
-        own = {"lc": state, "epochs": self.epochs, "finished": self.finished, "asked": self._asked}
-        return {**super().state_dict(), **own}
+        return {**super().state_dict(), "lc": state, "asked": self._asked}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._loaded, self.epochs, self.finished = state_dict["lc"], state_dict["epochs"], state_dict["finished"]
+        self._loaded = state_dict["lc"]
         asked = state_dict.get("asked", self._asked)  # older checkpoints do not say
         if asked != self._asked:
             warnings.warn(f"The checkpoint was written with {asked}; it goes on with {self._asked}", stacklevel=2)

@@ -17,6 +17,7 @@ _MODULES = (
     "lowrank_pl.runs.recipe", "lowrank_pl.targets", "torch.optim",
 )  # fmt: skip
 _EXACT = (
+    "lowrank_pl.callbacks.admm.ADMM",
     "lowrank_pl.callbacks.deeptwist.DeepTwist",
     "lowrank_pl.callbacks.learning_compression.LearningCompression",
     "lowrank_pl.models.torchvision_classifier.torchvision_classifier",

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lowrank_pl.adapters import find_maps
-from lowrank_pl.callbacks import CompressionCallback, LearningCompression
+from lowrank_pl.callbacks import AlternatingCallback, CompressionCallback
 from lowrank_pl.cli.configs import flat
 from lowrank_pl.models import load_weights
 from lowrank_pl.planning import make_plan
@@ -35,7 +35,7 @@ def build(config: DictConfig, references: str | Path | None) -> Recipe:
         load_weights(net, config.model.weights)
     compression = _compression(config)
     reference = _training(config.reference) if config.model.weights is None else None
-    if reference is not None and not (reference.always or isinstance(compression, (LearningCompression, OneShot))):
+    if reference is not None and not (reference.always or isinstance(compression, (AlternatingCallback, OneShot))):
         reference = None
     _check_patterns(net, compression)
     return Recipe(
@@ -77,7 +77,7 @@ def check_parts(config: DictConfig) -> None:
     trainer = make(config.trainer, logger=False, enable_checkpointing=False)
     is_endless = trainer.max_epochs == -1 and trainer.max_steps == -1
     for prefix in ("", "reference.", "finetune."):
-        own = isinstance(compression, LearningCompression) or (
+        own = isinstance(compression, AlternatingCallback) or (
             isinstance(compression, OneShot) and not compression.train
         )
         lengths = [OmegaConf.select(config, f"{prefix}{key}") for key in ("epochs", "phases")]

@@ -5,6 +5,7 @@ from lowrank_pl.decompositions.block_svd import BlockSVD
 from lowrank_pl.decompositions.cheapest import Cheapest
 from lowrank_pl.decompositions.cp import CP
 from lowrank_pl.decompositions.first_of import FirstOf
+from lowrank_pl.decompositions.low_rank_plus_columns import LowRankPlusColumns
 from lowrank_pl.decompositions.low_rank_plus_sparse import LowRankPlusSparse
 from lowrank_pl.decompositions.separable_svd import SeparableSVD
 from lowrank_pl.decompositions.spatial_svd import SpatialSVD
@@ -25,6 +26,7 @@ __all__ = [
     "Choice",
     "Decomposition",
     "FirstOf",
+    "LowRankPlusColumns",
     "LowRankPlusSparse",
     "SeparableSVD",
     "SpatialSVD",

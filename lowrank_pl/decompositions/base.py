@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -39,7 +39,10 @@ class Decomposition(Candidates):
     """A family of cheaper structures for a weight, indexed by a rank.
 
     Final subclasses are frozen dataclasses whose fields are the configuration. Weights come as PyTorch stores them.
+    `least` is the smallest value of an entry of the rank; where it is 0, not all of them may be.
     """
+
+    least: ClassVar[int] = 1
 
     @final
     def candidates(self, layer: LayerSpec) -> tuple[Decomposition, ...]:
@@ -85,7 +88,8 @@ class Decomposition(Candidates):
         full = self.full_rank(layer)
         steps = [1 if len(full) == 1 else -(-entry // most) for entry in full]
         axes = zip(full, steps, strict=True)
-        return tuple(sorted({1, *range(step, entry + 1, step), entry}) for entry, step in axes)
+        least = self.least_rank(layer)[0]
+        return tuple(sorted({least, 1, *range(step, entry + 1, step), entry}) for entry, step in axes)
 
     @abstractmethod
     def layout(self, layer: LayerSpec, rank: Rank) -> Layout:
@@ -117,7 +121,8 @@ class Decomposition(Candidates):
     def is_rank(self, layer: LayerSpec, rank: Rank) -> bool:
         """Whether there is such a rank."""
         least, full = self.least_rank(layer), self.full_rank(layer)
-        return len(rank) == len(full) and all(a <= r <= b for a, r, b in zip(least, rank, full, strict=True))
+        inside = len(rank) == len(full) and all(a <= r <= b for a, r, b in zip(least, rank, full, strict=True))
+        return inside and any(rank)
 
 
 class Analysis(ABC):

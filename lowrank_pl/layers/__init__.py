@@ -10,7 +10,22 @@ from lowrank_pl.layers.lowering import lowered, lowered_inputs, lowered_outputs,
 from lowrank_pl.layers.ordinary import LAYER_TYPES, as_operator, as_stored, build, heard_inputs, linear_of, spec_of
 from lowrank_pl.layers.rebuilding import RebuildingLayer, Run
 from lowrank_pl.layers.recurrent import SplitRecurrent, matrix_names, recurrent_inputs
-from lowrank_pl.layers.sparse import SparseLayer, SparseRun, has_bits, index_shape, packed, sparse_weight
+from lowrank_pl.layers.some_channels import (
+    SomeChannelsLayer,
+    numbered,
+    of_channels,
+    places_of,
+    spread,
+    widened,
+)
+from lowrank_pl.layers.sparse import (
+    SparseLayer,
+    SparseRun,
+    has_bits,
+    index_shape,
+    packed,
+    sparse_weight,
+)
 from lowrank_pl.layers.stacked_linear import StackedLinear
 from lowrank_pl.layers.sum import SumLayer
 from lowrank_pl.layers.tensor_train import (
@@ -40,6 +55,7 @@ DEPLOYED = (
     GroupedLinear,
     SparseLayer,
     SumLayer,
+    SomeChannelsLayer,
     TTLayer,
     TiledLayer,
 )
@@ -60,6 +76,7 @@ __all__ = [
     "Made",
     "RebuildingLayer",
     "Run",
+    "SomeChannelsLayer",
     "Source",
     "SparseLayer",
     "SparseRun",
@@ -85,16 +102,21 @@ __all__ = [
     "lowered_inputs",
     "lowered_outputs",
     "matrix_names",
+    "numbered",
+    "of_channels",
     "packed",
+    "places_of",
     "raised",
     "recurrent_inputs",
     "scale_of",
     "sparse_weight",
     "spec_of",
+    "spread",
     "tied",
     "tile_regions",
     "tile_side",
     "total_products",
     "weight_of_cores",
     "weight_of_tiles",
+    "widened",
 ]

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from lowrank_pl.layers.chain import FactorChain
 from lowrank_pl.layers.lazy_weight import Factors, LazyWeight, Made, Source, weight_of_factors
+from lowrank_pl.layers.some_channels import SomeChannelsLayer
 from lowrank_pl.layers.sum import SumLayer
 
 
@@ -181,6 +182,8 @@ def tied(layer: nn.Module, bias: Tensor | None) -> nn.Module:
         other._modules = {**other._modules}
         last = next(reversed(other._modules))
         other._modules[last] = tied(other[-1], bias)
+    elif isinstance(other, SomeChannelsLayer):
+        other._modules = {**other._modules, "inner": tied(other.inner, bias)}
     elif isinstance(other, SumLayer):
         first, *others = other.branches
         other._modules = {**other._modules, "branches": nn.ModuleList([tied(first, bias), *others])}

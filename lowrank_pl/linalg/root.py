@@ -166,6 +166,16 @@ class Root:
             product.diagonal(dim1=-2, dim2=-1).add_(self.floor[..., None, None])
         return Root.of(product, 0.0)
 
+    def part(self, index: Tensor) -> Root:
+        """Of some of the inputs, `[..., j]`: the matrix in which arrays count that are 0 elsewhere."""
+        if self.is_diagonal:
+            return Root(self.factor.gather(-1, index), None, True)
+        rows = self.factor.gather(-2, index.unsqueeze(-1).expand(*index.shape, self.factor.shape[-1]))
+        product = rows @ rows.mT
+        if self.floor is not None:
+            product.diagonal(dim1=-2, dim2=-1).add_(self.floor.unsqueeze(-1))
+        return Root.of(product, 0.0)
+
     def repeated(self, count: int) -> Root:
         """Of pairs of an input and one of so many places, at all of which it has this second moment: `A x 1`."""
         square = self.square

@@ -8,7 +8,9 @@ from typing import Any
 
 from lowrank_pl.terminal import printable
 
-_KINDS = {"DeepTwist": "deeptwist", "LearningCompression": "lc", "compress": "direct", "OneShot": "one-shot"}
+_KINDS = {
+    "ADMM": "admm", "DeepTwist": "deeptwist", "LearningCompression": "lc", "compress": "direct", "OneShot": "one-shot"
+}  # fmt: skip
 
 
 def group_of(config: Any) -> str:
@@ -32,9 +34,12 @@ def method_of(config: Any) -> str:
     structure = compression.get("method")
     if isinstance(structure, dict):
         structure = _snake(_class(structure)) if "_target_" in structure else "mixed"
-    words = [*_kind_of(compression, kind), *_scratch(config, compression), _word(structure)]
+    words = [*_kind_of(compression, kind), *_scratch(config, compression)]
+    words += [] if kind == "admm" else [_word(structure)]  # which has one of its own
     if kind == "lc" and compression.get("lambda_") is not None:
         words.append(f"lambda={_short(compression['lambda_'])}")
+    if kind == "admm":
+        words += [f"{key}={_short(compression[key])}" for key in ("lambda_1", "lambda_2") if key in compression]
     for key in ("rank", "budget"):
         rule = compression.get(key)
         if isinstance(rule, dict) and "_target_" in rule:

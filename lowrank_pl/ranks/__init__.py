@@ -1,5 +1,6 @@
 """Rules that choose ranks, one file each."""
 
+from lowrank_pl.ranks.admm_ranks import ADMMRanks
 from lowrank_pl.ranks.base import Others, RankProblem, RankRule
 from lowrank_pl.ranks.compression_ratio import CompressionRatio
 from lowrank_pl.ranks.cost_budget import CostBudget
@@ -14,6 +15,7 @@ from lowrank_pl.ranks.rank_fraction import RankFraction
 
 __all__ = [
     "EVBMF",
+    "ADMMRanks",
     "CompressionRatio",
     "CostBudget",
     "CostPenalty",

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import nn
 
 from lowrank_pl.adapters import find_maps
-from lowrank_pl.callbacks import CompressionCallback, ExtractStructure, LearningCompression
+from lowrank_pl.callbacks import AlternatingCallback, CompressionCallback, ExtractStructure
 from lowrank_pl.checksums import add_sum, check_sum, write_summed
 from lowrank_pl.extraction import RECORD, extracted_part
 from lowrank_pl.figures import draw_run
@@ -109,9 +109,9 @@ class _Execution:
         dense, module = copy.deepcopy(net), self.recipe.classifier(net, self.recipe.training)
         if isinstance(compression, CompressionCallback):
             extraction = ExtractStructure(submodule="net")
-            length = compression.length if isinstance(compression, LearningCompression) else {}
+            length = compression.length if isinstance(compression, AlternatingCallback) else {}
             self.fit("training", self.directory, module, [compression, extraction], length, self.logger())
-            if not isinstance(compression, LearningCompression):  # whose dense network is the reference
+            if not isinstance(compression, AlternatingCallback):  # whose dense network is the reference
                 with compression.training_weights():
                     dense = copy.deepcopy(module.net)
             assert extraction.extracted is not None

@@ -8,6 +8,7 @@ from lowrank_pl.structures.base import Layout, Rank, Structure, in_type, total_m
 from lowrank_pl.structures.chain import Chain
 from lowrank_pl.structures.constant import Constant
 from lowrank_pl.structures.dense import Dense
+from lowrank_pl.structures.some_channels import SomeChannels
 from lowrank_pl.structures.sparse import Sparse
 from lowrank_pl.structures.sum import Sum
 from lowrank_pl.structures.sweeps import sweep
@@ -22,6 +23,7 @@ __all__ = [
     "Dense",
     "Layout",
     "Rank",
+    "SomeChannels",
     "Sparse",
     "Structure",
     "Sum",
@@ -40,11 +42,12 @@ def layout_from_dict(values: Any, layer: LayerSpec) -> Layout:
     Raises `ValueError` for anything else, and for a layout that does not fit the layer.
     """
     readers = [kind.from_dict for kind in (Chain, Tiles, Cores, Constant, Dense, Sparse)]
-    for read in (*readers, partial(Sum.from_dict, read=layout_from_dict)):
+    nested = [partial(kind.from_dict, read=layout_from_dict) for kind in (Sum, SomeChannels)]
+    for read in (*readers, *nested):
         layout = read(values, layer) if isinstance(values, dict) else None
         if layout is not None:
             return layout
     raise ValueError(
-        "Expected a chain, tiles, a tensor train, a constant, a dense or sparse layer or a sum in place of "
-        f"{layer} but got {values!r:.200}"
+        "Expected a chain, tiles, a tensor train, a constant, a dense or sparse layer, a sum or some channels in place "
+        f"of {layer} but got {values!r:.200}"
     )

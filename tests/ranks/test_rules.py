@@ -11,6 +11,7 @@ from optimum import count_analyses
 
 from lowrank_pl.decompositions import DENSE, SVD, Choice
 from lowrank_pl.ranks import (
+    ADMMRanks,
     CompressionRatio,
     CostBudget,
     CostPenalty,
@@ -128,6 +129,8 @@ BAD_ARGUMENTS = [
     (partial(CostBudget, "params"), "ratio", [0, -0.5, 1.01, "0.5", None, True, float("nan")]),
     (CostBudget, "cost", ["mac", None, 3]),
     (partial(GreedyEnergy, "params"), "ratio", [0, -0.5, 1.01, "0.5", None, True, float("nan")]),
+    (partial(ADMMRanks, lambda_2=0.1), "lambda_1", [0, -1, "1", None, True, float("nan"), float("inf")]),
+    (partial(ADMMRanks, 0.1), "lambda_2", [0, "0.1", float("inf")]),
     (partial(MultipleOf, FixedRank(8)), "m", [0, -8, 2.0, "8", None, True]),
 ]
 
