@@ -269,7 +269,8 @@ def test_plain_types_for_json():
     dense = Net()
     report = summarize(dense, compress(dense, TiledSVD(8), RANK, example_input=X), X, latency=False)
     values = json.loads(json.dumps(report.to_dict()))
-    assert values["dense"] == {"params": report.dense.params, "macs": report.dense.macs, "latency_ms": {}}
+    counts = {"params": report.dense.params, "macs": report.dense.macs, "index_bytes": 0}
+    assert values["dense"] == {**counts, "latency_ms": {}}
     assert [layer["name"] for layer in values["layers"]] == ["conv1", "conv2", "fc1", "fc2"]
 
 
