@@ -13,7 +13,6 @@ from lowrank_pl import (
     FixedRank,
     SpatialSVD,
     Targets,
-    Tucker2,
     compress,
     fold_norms_,
     from_scratch,
@@ -36,7 +35,7 @@ PAIRS = [
     for name in LAYERS
     if "linear" not in name
     and supports(d, make_layer(name)[0])
-    and isinstance(d.layout(spec_on(*make_layer(name)), (1, 1) if isinstance(d, Tucker2) else (1,)), Chain)
+    and isinstance(d.layout(spec_on(*make_layer(name)), (1,) * len(d.full_rank(spec_on(*make_layer(name))))), Chain)
 ]
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 

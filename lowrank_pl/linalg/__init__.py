@@ -4,6 +4,7 @@ from lowrank_pl.linalg.cp import Terms, cp_als, expand
 from lowrank_pl.linalg.evbmf import evb_rank
 from lowrank_pl.linalg.low_rank_sparse import Alternation, Quadratic, godec, grebdec, prune
 from lowrank_pl.linalg.precision import product_dtype
+from lowrank_pl.linalg.proximal import column_norms, shrink_columns, shrink_singular_values
 from lowrank_pl.linalg.regression import regress
 from lowrank_pl.linalg.root import Root
 from lowrank_pl.linalg.svd import (
@@ -26,6 +27,7 @@ __all__ = [
     "SingularSystem",
     "Terms",
     "check_finite",
+    "column_norms",
     "cp_als",
     "decompose",
     "evb_rank",
@@ -37,6 +39,8 @@ __all__ = [
     "product_dtype",
     "prune",
     "regress",
+    "shrink_columns",
+    "shrink_singular_values",
     "singular_energies",
     "squared_norm",
     "tail_energies",
