@@ -78,7 +78,7 @@ def epochs(config: Any) -> str:
     """How long a run trains, stage by stage: the reference, the method, then, where it is fine-tuned, the factors."""
     method = config.compression
     if not method.get("_target_", "").endswith((".LearningCompression", ".ADMM")):
-        stages = [config.trainer.max_epochs]
+        stages = [config.trainer.max_epochs * method.get("train", True), config.finetune.get("epochs", 0)]
     elif method.l_step_epochs is not None:
         stages = [(method.steps - 1) * method.l_step_epochs, config.finetune.get("epochs", 0)]
     else:
