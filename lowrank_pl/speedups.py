@@ -199,7 +199,7 @@ def size_of(layer: LayerSpec) -> str:
 
 def _factors(layout: Layout) -> Any:
     """From its factors, where it could also run dense."""
-    return layout.forms()[-1]
+    return layout.of_factors()
 
 
 def _run_all(module: nn.Module, inputs: Sequence[Tensor]) -> None:

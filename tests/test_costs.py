@@ -15,7 +15,7 @@ from lowrank_pl.costs import Latency, Macs, Params, price, resolve_cost
 from lowrank_pl.costs import latency as latency_module
 from lowrank_pl.decompositions import DENSE, SVD, ZERO, Cheapest, Choice, TiledSVD, Tucker2
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers import RebuildingLayer, spec_of
+from lowrank_pl.layers import spec_of
 from lowrank_pl.models import LeNet300
 from lowrank_pl.ranks import RankProblem, enumerate_ranks
 
@@ -34,10 +34,9 @@ def test_prices_are_what_is_deployed(decomposition, name):
     layer, x = make_layer(name)
     spec = spec_on(layer, x)
     for rank in some_ranks(decomposition.full_rank(spec)):
-        module = decomposition.factor(layer.weight, spec, rank).to_module(None).eval()
+        structure = decomposition.factor(layer.weight.detach(), spec, rank)
+        module = structure.with_layout(structure.layout.of_factors()).to_module(None).eval()
         assert price_of(Params(), spec, decomposition, rank) == sum(p.numel() for p in module.parameters())
-        if isinstance(module, RebuildingLayer):
-            module.run = "factors"
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             module(x[:1])
         assert price_of(Macs(), spec, decomposition, rank) == counter.get_total_flops() / 2

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_pl import SVD, SpatialSVD, TiledSVD
-from lowrank_pl.decompositions import Decomposition
+from lowrank_pl.decompositions import Decomposition, LowRankPlusSparse, TensorTrain
 from lowrank_pl.figures import draw_speedups
 from lowrank_pl.models import CifarResNet
 from lowrank_pl.speedups import (
@@ -76,12 +76,23 @@ def test_layers_that_never_run_are_left_out():
 def test_ranks_are_spread_over_the_multiply_adds(decomposition):
     """The largest ones with so many times fewer of them, by trying all."""
     spec = spec_on(nn.Conv2d(64, 64, 3, padding=1), torch.zeros(1, 64, 16, 16))
-    (full, *more) = decomposition.full_rank(spec)
-    macs = {r: decomposition.layout(spec, (r,) * (1 + len(more))).forms()[-1].macs for r in range(1, full + 1)}
+    if decomposition.unsupported(spec):
+        spec = spec_on(nn.Linear(12, 10), torch.zeros(1, 12)).with_(inputs=((1,),))
+    if decomposition.unsupported(spec):
+        pytest.skip("of one shape alone")
+    steps = min(max(decomposition.full_rank(spec)), 4096)
+    ranks = dict.fromkeys(decomposition.at_fraction(spec, (i + 1) / steps) for i in range(steps))
+    macs = {rank: decomposition.layout(spec, rank).of_factors().macs for rank in ranks}
     allowed = [[r for r, count in macs.items() if count <= spec.macs / MOST ** (i / 5)] for i in range(6)]
-    expected = sorted({max(ranks) for ranks in allowed if ranks}, reverse=True)
-    assert some_ranks(decomposition, spec, 6) == [(r,) * (1 + len(more)) for r in expected]
-    if not isinstance(decomposition, TiledSVD):
+    found = some_ranks(decomposition, spec, 6)
+    if isinstance(decomposition, LowRankPlusSparse):  # what one part does not use up the other gets: nearly the largest
+        assert len(found) == 6
+        most = [max(macs[rank] for rank in ranks) for ranks in allowed]
+        assert all(0.9 * m <= macs[rank] <= m for m, rank in zip(most, found, strict=True))
+        return
+    expected = sorted({ranks[-1] for ranks in allowed if ranks}, reverse=True)
+    assert found == expected
+    if not isinstance(decomposition, TiledSVD | TensorTrain):
         assert len(expected) >= 4
 
 

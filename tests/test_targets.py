@@ -99,7 +99,8 @@ def test_bad_arguments(arguments: dict[str, object], error: type[Exception]) -> 
 def test_an_unknown_method_lists_the_known_ones() -> None:
     with pytest.raises(
         ValueError,
-        match="block_svd, cheapest, cp, first_of, separable_svd, spatial_svd, svd, tensor_train, tiled_svd, tucker2",
+        match="block_svd, cheapest, cp, first_of, low_rank_plus_columns, low_rank_plus_sparse, separable_svd, "
+        "spatial_svd, svd, tensor_train, tiled_svd, tucker2",
     ):
         compress(LeNet300(), "svdd")
     with pytest.raises(TypeError, match="FixedRank"):

@@ -41,7 +41,6 @@ class DenseRun(nn.Module, ABC):
     def _weight(self) -> Tensor:
         return self._remembered(self.dense_weight)
 
-    @property
     def _remembers(self) -> bool:
         factors = self.factors()
         wants_grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
@@ -49,7 +48,7 @@ class DenseRun(nn.Module, ABC):
 
     def _remembered(self, make: Callable[[], T]) -> T:
         """What is made of the factors, always the same."""
-        if not self._remembers:
+        if not self._remembers():
             return make()
         factors = self.factors()
         key = [(factor.data_ptr(), factor._version) for factor in factors]

@@ -50,7 +50,7 @@ class SparseLayer(DenseRun):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
-        if self.run == "csr" and plain and not torch.is_grad_enabled() and self._remembers:
+        if self.run == "csr" and plain and not torch.is_grad_enabled() and self._remembers():
             return run_lowered(x, self._multiply, self.bias, self.spec)
         weight = self.dense_weight() if self.run == "csr" else self._weight()
         return run_dense(x, weight, self.bias, self.spec)

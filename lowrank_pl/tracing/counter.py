@@ -21,10 +21,20 @@ def _count_grouped(x: Tensor, matrices: Tensor, *_: Any, **__: Any) -> int:
     return 2 * x.numel() * matrices.shape[-1]
 
 
-# fused operations, of which PyTorch's counter knows nothing
+def _count_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """FLOPs of attention: every query `[..., queries, d]` meets every key, then every value."""
+    return 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+# fused operations, of which PyTorch's counter knows nothing, or (attention on CPUs, 2.14) not in every version
 _count_lstm._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode: tensors, not shapes
 _count_grouped._get_raw = True  # type: ignore[attr-defined]
-FUSED = {torch.ops.aten.mkldnn_rnn_layer: _count_lstm, torch.ops.aten._grouped_mm: _count_grouped}
+_count_attention._get_raw = True  # type: ignore[attr-defined]
+FUSED = {
+    torch.ops.aten.mkldnn_rnn_layer: _count_lstm,
+    torch.ops.aten._grouped_mm: _count_grouped,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
+}
 
 
 class MultiplyAdds(TorchDispatchMode):

@@ -60,7 +60,8 @@ def test_the_report_agrees_with_the_network_on_disk(run: tuple[Path, str]) -> No
     net = load_compressed(LeNet300(input_shape=(1, 8, 8)), directory / "compressed")
     assert report["compressed"]["params"] == sum(p.numel() for p in net.parameters())
     assert report["dense"]["params"] == sum(p.numel() for p in LeNet300(input_shape=(1, 8, 8)).parameters())
-    assert set(report["dense"]) == set(report["compressed"]) == {"accuracy", "params", "macs", "latency_ms"}
+    keys = {"accuracy", "params", "macs", "latency_ms", "index_bytes"}
+    assert set(report["dense"]) == set(report["compressed"]) == keys
     assert report["compressed"]["macs"] < report["dense"]["macs"]
     assert f"{100 * report['compressed']['accuracy']:.2f} %" in output
     assert [layer["name"] for layer in report["layers"]] == ["fc1", "fc2", "fc3"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import DECOMPOSITIONS, LAYERS, make_layer, some_ranks, supports
 
-from lowrank_pl.decompositions import CP, SVD, SeparableSVD
+from lowrank_pl.decompositions import CP, SVD, LowRankPlusSparse, SeparableSVD
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import as_operator, spec_of
 from lowrank_pl.linalg import Root
@@ -176,8 +176,9 @@ def test_without_preference_it_is_frobenius(decomposition, name):
         for rank in some_ranks(decomposition.full_rank(spec)):
             ours, theirs = found.factor(rank).reconstruct(), plain.factor(rank).reconstruct()
             error = [float((weight - each).square().sum()) for each in (ours, theirs)]
-            # separable SVD goes stage by stage, CP has a penalty, and in metrics the last factor is refitted then
-            least = 0.9 if isinstance(decomposition, SeparableSVD | CP) else 1 - 1e-6
+            # separable SVD goes stage by stage, CP has a penalty, low rank + sparse local optima; in metrics the last
+            # factor is refitted then
+            least = {SeparableSVD: 0.9, CP: 0.9, LowRankPlusSparse: 0.0}.get(type(decomposition), 1 - 1e-6)
             slack = 1e-12 * float(plain.errors[0][0])
             assert least * error[1] - slack <= error[0] <= (1 + 1e-6) * error[1] + slack
 
@@ -228,7 +229,8 @@ def test_sweeps(decomposition, name):
     for sweeps in (0, 1, 2):
         each = replace(metric, sweeps=sweeps)
         errors.append(each.squared_norm(weight - decomposition.factor(weight, spec, rank, each).reconstruct()))
-    assert errors[2] <= errors[1] * (1 + 1e-9) <= errors[0] * (1 + 2e-9) + 1e-18
+    if not isinstance(decomposition, LowRankPlusSparse):  # whose low-rank part is swept before the sparse one is found
+        assert errors[2] <= errors[1] * (1 + 1e-9) <= errors[0] * (1 + 2e-9) + 1e-18
     plain = decomposition.factor(weight, spec, rank)
     tensors, before = plain.tensors, metric.squared_norm(weight - plain.reconstruct())
     for _ in range(2):

@@ -127,9 +127,11 @@ def test_fixed_rank(decomposition, name):
     problem = make_problem(decomposition, name)
     for r in (1, 2, 5, 1000):
         (choice,) = FixedRank(r)([problem])
-        assert choice == Choice(decomposition, tuple(min(r, most) for most in problem.full))
-        rank = choice.rank
-        note = FixedRank(r).note(problem, rank)
+        low = decomposition.spectral.full_rank(problem.layer)
+        rank = tuple(min(r, most) for most in low)
+        assert choice == Choice(decomposition, decomposition.completed(problem.layer, rank))
+        assert choice.rank[: len(low)] == rank
+        note = FixedRank(r).note(problem, choice.rank)
         assert (note is not None) == (rank != (r,) * len(rank))
         assert note is None or str(r) in note
 
