@@ -67,7 +67,13 @@ def check_yaml(text: str, name: str) -> None:
     try:
         _check_events(yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)), name)
     except (yaml.YAMLError, RecursionError) as error:
+        if "flow level" in str(error):  # libyaml has a bound of its own, which it may come to first
+            raise ValueError(_too_deep(name)) from error
         raise ValueError(f"{name} is not YAML ({first_line(error)})") from error
+
+
+def _too_deep(name: str) -> str:
+    return f"{name}: expected at most {NODES:,} values, nested at most {DEPTH} deep"
 
 
 def _check_events(events: Iterable[yaml.Event], name: str) -> None:
@@ -89,7 +95,7 @@ def _check_events(events: Iterable[yaml.Event], name: str) -> None:
             # until a list or mapping ends, an alias of it is in itself
             anchors[event.anchor] = 1 if isinstance(event, yaml.ScalarEvent) else NODES
         if len(begun) > DEPTH or nodes > NODES:
-            raise ValueError(f"{name}: expected at most {NODES:,} values, nested at most {DEPTH} deep")
+            raise ValueError(_too_deep(name))
 
 
 def first_line(error: BaseException | None) -> str:

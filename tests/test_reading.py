@@ -20,7 +20,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[" * 100_000, "deep|flow level"),  # libyaml of 6.0.4 has a bound of its own
+        (b"[" * 100_000, "deep"),
         (b"a: " + b"[" * (DEPTH + 1) + b"]" * (DEPTH + 1), "nested at most"),
         (b"a: !!bool foo", "tag"),
         (b"a: !!python/object/apply:os.system [ls]", "tag"),
