@@ -142,8 +142,16 @@ class ADMM(AlternatingCallback):
                 "growth or t0, or longer L steps",
                 stacklevel=2,
             )
+        choices = choices_of(plan, self.state)
+        if all(c.settled(choices[c.name]) == DENSE for c in plan.compressions):
+            warnings.warn(
+                f"ADMM has ended with every layer dense: too few channels and singular values have vanished with "
+                f"lambda_1={self.lambda_1:g} and lambda_2={self.lambda_2:g}. Expected lambdas that times the learning "
+                f"rate / (1 - momentum) times optimizer steps ({trainer.global_step:,} here) come to about 1",
+                stacklevel=2,
+            )
         if trainer.is_global_zero:
-            print_plan(plan.rows(choices_of(plan, self.state)), title="A + B after the last proximal step")
+            print_plan(plan.rows(choices), title="A + B after the last proximal step")
 
     def project(self, trainer: pl.Trainer, plan: Plan, occasion: Occasion) -> Distortion:
         if occasion == "end" and not self.finished:

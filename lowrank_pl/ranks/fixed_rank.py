@@ -17,12 +17,20 @@ from lowrank_pl.structures import Rank
 @dataclass(frozen=True)
 class FixedRank(RankRule):
     """Every entry of the rank is r, or the layer's full rank where that is smaller. Beside a low-rank part of rank r a
-    sparse one has its `share` of the values."""
+    sparse one has its `share` of the values. A sequence gives every entry: `FixedRank((8, 500))` is rank 8 with 500
+    nonzeros for `LowRankPlusSparse`, 8 input and 500 output channels for `Tucker2`."""
 
-    r: int
+    r: int | tuple[int, ...]
 
     def __post_init__(self) -> None:
-        check_int("r", self.r, 1)
+        if isinstance(self.r, Sequence) and not isinstance(self.r, str):
+            for entry in self.r:
+                check_int("r", entry, 0, "int, in every entry,")
+            if not any(self.r):
+                raise ValueError(f"Expected argument `r` to have an entry above 0 but got {self.r!r}")
+            object.__setattr__(self, "r", tuple(self.r))
+        else:
+            check_int("r", self.r, 1)
 
     @property
     def sees_shapes_alone(self) -> bool:
@@ -34,9 +42,20 @@ class FixedRank(RankRule):
         return [Choice(p.decomposition, self._rank(p)) for p in problems]
 
     def _rank(self, problem: RankProblem) -> Rank:
-        ranks = problem.decomposition.spectral.full_rank(problem.layer)
-        return problem.decomposition.completed(problem.layer, tuple(min(self.r, most) for most in ranks))
+        kind, layer = problem.decomposition, problem.layer
+        if not isinstance(self.r, tuple):
+            return kind.completed(layer, tuple(min(self.r, most) for most in kind.spectral.full_rank(layer)))
+        with problem.named():
+            if len(self.r) != len(problem.full):
+                entries = f"{len(problem.full)} entries, as ranks of {kind!r} have"
+                raise ValueError(f"Expected argument `r` with {entries}, but got {self.r}")
+            rank = tuple(min(r, most) for r, most in zip(self.r, problem.full, strict=True))
+            kind.check_rank(layer, rank)
+        return rank
 
     def note(self, problem: RankProblem, rank: Rank) -> str | None:
-        ranks = problem.decomposition.spectral.full_rank(problem.layer)
-        return f"rank {self.r} lowered to the full rank" if self.r > min(ranks) else None
+        if isinstance(self.r, tuple):
+            over = any(r > most for r, most in zip(self.r, problem.full, strict=True))
+        else:
+            over = self.r > min(problem.decomposition.spectral.full_rank(problem.layer))
+        return f"rank {self.r} lowered to the full rank" if over else None

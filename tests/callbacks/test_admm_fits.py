@@ -125,6 +125,17 @@ def test_it_ends_early_when_nothing_moves(tmp_path):
     assert loop.global_step == (callback.state.steps - 1) * EPOCH
 
 
+def test_lambdas_that_do_nothing_are_told_of(tmp_path):
+    callback = ADMM(1e-5, 1e-5, l_step_epochs=1, steps=2)
+    with pytest.warns(UserWarning, match=rf"every layer dense.*lambda_1=1e-05.*\({EPOCH} here\)"):
+        fit(tmp_path, callback)
+    callback = ADMM(3.0, 3.0, l_step_epochs=1, steps=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, callback)
+    assert not any("every layer dense" in str(w.message) for w in caught)
+
+
 def test_a_shorter_fit_ends_with_the_structure_too(tmp_path):
     callback = ADMM(**QUICK, steps=9)
     extract = ExtractStructure(latency=False)

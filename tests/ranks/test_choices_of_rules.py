@@ -136,6 +136,24 @@ def test_fixed_rank(decomposition, name):
         assert note is None or str(r) in note
 
 
+def test_fixed_rank_of_several_entries():
+    layer, weight = spec_of(nn.Conv2d(8, 16, 3)), torch.randn(16, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    sparse = RankProblem("net.conv", layer, LowRankPlusSparse(), weight)
+    assert FixedRank((3, 40))([sparse]) == [Choice(LowRankPlusSparse(), (3, 40))]
+    assert FixedRank([0, 40])([sparse]) == [Choice(LowRankPlusSparse(), (0, 40))]
+    assert FixedRank((3, 0)).note(sparse, (3, 0)) is None
+    (choice,) = FixedRank((3, 10**6))([sparse])
+    assert choice.rank == (3, 16 * 8 * 9)
+    assert "lowered" in FixedRank((3, 10**6)).note(sparse, choice.rank)
+    with pytest.raises(ValueError, match=r"'net.conv': Expected argument `r` with 2 entries, .* got \(3, 4, 5\)"):
+        FixedRank((3, 4, 5))([sparse])
+    with pytest.raises(ValueError, match=r"'net.conv': Expected a rank from \(1, 1\) to \(8, 16\) but got \(0, 4\)"):
+        FixedRank((0, 4))([RankProblem("net.conv", layer, Tucker2(), weight)])
+    for bad in ((3, -1), (0, 0), (2.5, 3), (), "34"):
+        with pytest.raises(ValueError, match="Expected argument `r`"):
+            FixedRank(bad)
+
+
 def vgg19_problems(decomposition):
     """The paper's layers: convolutions with at least 128 input channels."""
     layers = [m for m in VGG(depth=19).features if isinstance(m, nn.Conv2d) and m.in_channels >= 128]
