@@ -97,7 +97,8 @@ def read(experiment: Path) -> dict[str, dict[str, Any]]:
 def write(experiment: Path, order: list[str], new: dict[str, Any]) -> None:
     rows = {**read(experiment), new["cell"]: new}
     with open(experiment / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [name for name in COLUMNS if any(row.get(name) for row in rows.values())])
+        names = [name for name in COLUMNS if any(row.get(name) for row in rows.values())]
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows[name] for name in order if name in rows)
 
