@@ -26,11 +26,16 @@ SLOW = {
     "batch norm": [*RESNET, "compression.S_D=5", "compression.recalibrate_bn=3", "trainer.max_epochs=3"],
     "lc with batch norm": [*RESNET, "compression=lc", *LC],
     "lc to a budget": ["model=lenet300", "compression=lc_budget", *LC],
+    "admm": [
+        "model=lenet300", "compression=admm", "compression.lambda_1=0.1", "compression.lambda_2=0.1", *LC[:1], *LC[3:],
+        "metric=inputs", "finetune=three_phases",
+    ],
+    "low rank and sparse": [*LENET, "trainer.max_epochs=3", "decomposition=low_rank_plus_sparse", "metric=inputs"],
     "max_steps": [*LENET, "trainer.max_epochs=-1", "trainer.max_steps=30", "scheduler=constant"],
     "parts of epochs": [*LENET, "trainer.max_epochs=6", "+trainer.limit_train_batches=5"],
     "rare validation": [*LENET, "trainer.max_epochs=6", "+trainer.check_val_every_n_epoch=2"],
     "no compression": ["model=lenet300", "compression=none", "trainer.max_epochs=3"],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
