@@ -117,7 +117,7 @@ def some_ranks(decomposition: Decomposition, layer: LayerSpec, points: int) -> l
     dense = layer.macs or 0
     chosen = []
     for times in np.geomspace(1, MOST, points):
-        place = bisect_right(ranks, dense / times, key=lambda rank: _factors(decomposition.layout(layer, rank)).macs)
+        place = bisect_right(ranks, dense / times, key=lambda rank: decomposition.layout(layer, rank).of_factors().macs)
         if place:
             chosen.append(ranks[place - 1])
     return sorted(dict.fromkeys(chosen), reverse=True)
@@ -132,7 +132,7 @@ def pairs_of(
         for name, decomposition in decompositions.items():
             ranks = [] if decomposition.unsupported(shape.layer) else some_ranks(decomposition, shape.layer, points)
             if ranks:
-                pairs.append((shape, name, [_factors(decomposition.layout(shape.layer, r)) for r in ranks], ranks))
+                pairs.append((shape, name, [decomposition.layout(shape.layer, r).of_factors() for r in ranks], ranks))
     return pairs
 
 
@@ -195,11 +195,6 @@ def kernel_of(layer: LayerSpec) -> str:
 def size_of(layer: LayerSpec) -> str:
     """Of its inputs, call after call, such as `32x32`; of a linear layer, the number of vectors."""
     return "+".join("x".join(map(str, size or [vectors])) for vectors, *size in layer.inputs)
-
-
-def _factors(layout: Layout) -> Any:
-    """From its factors, where it could also run dense."""
-    return layout.of_factors()
 
 
 def _run_all(module: nn.Module, inputs: Sequence[Tensor]) -> None:

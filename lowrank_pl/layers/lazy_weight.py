@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+from lowrank_pl.layer_spec import LayerSpec
 
 # what code asks of a weight without reading it
 _PROPERTIES = ("device", "dtype", "is_cuda", "layout", "ndim", "requires_grad", "shape")
@@ -42,6 +44,17 @@ class Source(ABC):
     def multiply(self, x: Tensor, rows: tuple[Any, ...], transposed: bool, product: Callable[..., Tensor]) -> Any:
         """`x W[rows]^T`, or with `transposed` `x W[rows]`; `product(x, matrix)` multiplies. None where only the dense
         weight can do that."""
+
+
+class WeightLayout(Protocol):
+    """What a module asks of its layout: which layer it stands for, and how its tensors make that layer's weight."""
+
+    @property
+    def layer(self) -> LayerSpec: ...
+
+    def weight(self, tensors: tuple[Tensor, ...]) -> Tensor: ...
+
+    def tensors(self, module: nn.Module) -> tuple[Tensor, ...]: ...
 
 
 class LazyWeight(Tensor):

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers.lazy_weight import Made, weight_of_factors
+from lowrank_pl.layers.lazy_weight import Made, WeightLayout, weight_of_factors
 from lowrank_pl.layers.ordinary import as_operator, as_stored
-
-
-class _Layout(Protocol):
-    @property
-    def layer(self) -> LayerSpec: ...
-
-    def weight(self, tensors: tuple[Tensor, ...]) -> Tensor: ...
-
-    def tensors(self, module: nn.Module) -> tuple[Tensor, ...]: ...
 
 
 @final
@@ -30,7 +21,7 @@ class SomeChannelsLayer(nn.Module):
     __jit_unused_properties__ = ("bias", "weight")  # for torch.jit.script
     channels: Tensor
 
-    def __init__(self, inner: nn.Module, count: int, layout: _Layout) -> None:
+    def __init__(self, inner: nn.Module, count: int, layout: WeightLayout) -> None:
         super().__init__()
         self.inner, self.layout, self.axis = inner, layout, -1 - len(layout.layer.kernel)
         self.register_buffer("channels", first_channels(layout.layer, count))

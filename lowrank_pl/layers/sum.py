@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, final
+from typing import Any, final
 
 from torch import Tensor, nn
 
-from lowrank_pl.layer_spec import LayerSpec
-from lowrank_pl.layers.lazy_weight import LazyWeight, Source, weight_of_factors
-
-
-class _Layout(Protocol):
-    @property
-    def layer(self) -> LayerSpec: ...
-
-    def weight(self, tensors: tuple[Tensor, ...]) -> Tensor: ...
-
-    def tensors(self, module: nn.Module) -> tuple[Tensor, ...]: ...
+from lowrank_pl.layers.lazy_weight import LazyWeight, Source, WeightLayout, weight_of_factors
 
 
 @final
@@ -29,7 +19,7 @@ class SumLayer(nn.Module):
 
     __jit_unused_properties__ = ("bias", "weight")  # for torch.jit.script
 
-    def __init__(self, branches: list[nn.Module], layout: _Layout) -> None:
+    def __init__(self, branches: list[nn.Module], layout: WeightLayout) -> None:
         super().__init__()
         self.branches, self.layout = nn.ModuleList(branches), layout
 
