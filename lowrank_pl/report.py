@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,17 +20,14 @@ from lowrank_pl.compression import Row
 from lowrank_pl.extraction import RECORD
 from lowrank_pl.names import clean_name
 from lowrank_pl.samples import by_keywords
+from lowrank_pl.side_by_side import BATCHES, SideBySide, Times, added, medians, ratios
 from lowrank_pl.structures import Dense, Layout, layout_from_dict
-from lowrank_pl.surgery import detached_copy, is_same_computation, num_parameters
+from lowrank_pl.surgery import detached_copy, num_parameters
 from lowrank_pl.terminal import terminal
-from lowrank_pl.timing import PeakMemory, free_bytes, median_ms
+from lowrank_pl.timing import Ratio
 from lowrank_pl.tracing import FUSED, Call, Trace, count_inputs, record, run, with_inputs
 
-T = TypeVar("T")
-Times: TypeAlias = tuple[dict[str, float], dict[str, float]]  # of two modules, by batch size
-
-BATCHES = (1, 32)
-SECONDS = 60.0  # for all timing of a report; what would take longer is left out
+NETWORK_ROUNDS = 81
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,8 @@ class LayerSize:
 @dataclass(frozen=True)
 class Report:
     """A network dense and compressed, in total and layer by layer. MACs are multiply-adds for one input; latency is the
-    median of interleaved runs on `device` with `threads` threads."""
+    median of interleaved runs on `device` with `threads` threads; `speedup`, by batch size, that of the ratios of times
+    that were measured side by side; `machine` is how busy it was meanwhile (`MachineWatch.state`)."""
 
     dense: Size
     compressed: Size
@@ -68,6 +64,8 @@ class Report:
     device: str
     threads: int
     uncounted: tuple[str, ...] = ()  # kinds of modules whose MACs the counter does not see
+    speedup: dict[str, Ratio] = field(default_factory=dict)
+    machine: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
@@ -106,9 +104,12 @@ class Report:
         but = f", without those of {', '.join(self.uncounted)}" if self.uncounted else ""
         timed = [len(size.latency_ms) for size in (self.dense, *(layer.dense for layer in self.layers)) if size.macs]
         gaps = " Gaps: not run as a whole, or more than memory or a minute allows." if len(set(timed)) > 1 else ""
+        even = " Even: no difference was seen." if any(ratio.is_even for ratio in self.speedup.values()) else ""
+        busy, cores = self.machine.get("others", 0.0), self.machine.get("cores", 1)
+        others = f" Other processes kept {busy:.1f} of {cores} cores busy." if self.speedup and busy >= 0.2 else ""
         return (
             f"MACs: multiply-adds for one input{but}. Latency: median, {self.device}, {self.threads} {threads}, "
-            f"float32.{gaps}"
+            f"float32; its ratio with a 99.9 % interval.{even}{others}{gaps}"
         )
 
     def _totals(self, accuracy: dict[str, tuple[float, float]]) -> list[list[str]]:
@@ -122,7 +123,8 @@ class Report:
             rows.append(["index bytes", "0", f"{self.compressed.index_bytes:,}", ""])
         for batch, ms in self.dense.latency_ms.items():
             other = self.compressed.latency_ms[batch]
-            rows.append([f"latency, batch {batch}", f"{ms:.2f} ms", f"{other:.2f} ms", f"{ms / other:.2f}x"])
+            ratio = str(self.speedup.get(batch) or f"{ms / other:.2f}x")
+            rows.append([f"latency, batch {batch}", f"{ms:.2f} ms", f"{other:.2f} ms", ratio])
         return rows
 
     def _layer_rows(self) -> list[list[str]]:
@@ -191,9 +193,9 @@ def summarize(
         return summarize_layers(dense, compressed, Trace())
     example_input = by_keywords(dense, example_input)
     call = replace(Call.of(example_input), batch=count_inputs(example_input, batch_size))
-    watch = _Watch(latency)
-    total = _measure((dense, compressed), call, watch)
-    report = _report(dense, compressed, record(dense, call), total, watch)
+    watch = SideBySide(latency)
+    total, times = _measure((dense, compressed), call, watch)
+    report = _report(dense, compressed, record(dense, call), total, times, watch)
     of_layers = sum(layer.dense.macs or 0 for layer in report.layers)
     if of_layers > 1.01 * (report.dense.macs or 0):
         warnings.warn(
@@ -207,15 +209,15 @@ def summarize(
 def summarize_layers(dense: nn.Module, compressed: nn.Module, trace: Trace, latency: bool = True) -> Report:
     """The same from what a trace knows: the network's MACs are those of its layers and what was counted beside them,
     its latency that of all that `training_step` called."""
-    watch = _Watch(latency)
+    watch = SideBySide(latency)
     times = _times_of_calls((dense, compressed), trace, watch)
-    report = _report(dense, compressed, trace, (Size(0), Size(0)), watch)
+    report = _report(dense, compressed, trace, (Size(0), Size(0)), times, watch)
     rest = sum((trace.rest or {}).values()) / trace.batch
 
     def total(i: int, network: nn.Module, sizes: list[Size]) -> Size:
         known = [size.macs for size in sizes if size.macs is not None]
         macs = round(sum(known) + rest) if known else None
-        return Size(num_parameters(network), macs, times[i], sum(size.index_bytes for size in sizes))
+        return Size(num_parameters(network), macs, medians(times)[i], sum(size.index_bytes for size in sizes))
 
     return replace(
         report,
@@ -224,7 +226,9 @@ def summarize_layers(dense: nn.Module, compressed: nn.Module, trace: Trace, late
     )
 
 
-def _report(dense: nn.Module, compressed: nn.Module, trace: Trace, total: tuple[Size, Size], watch: _Watch) -> Report:
+def _report(  # both networks, and what is known of them
+    dense: nn.Module, compressed: nn.Module, trace: Trace, total: tuple[Size, Size], times: Times, watch: SideBySide
+) -> Report:
     entry = getattr(compressed, RECORD, {"layers": {}, "notes": {}})
     layers = []
     for name, each in watch.shown(list(find_maps(dense).items())):
@@ -239,7 +243,10 @@ def _report(dense: nn.Module, compressed: nn.Module, trace: Trace, total: tuple[
     uncounted = sorted({type(module).__name__ for module in fused})
     indices = sum(layer.compressed.index_bytes for layer in layers)
     total = (total[0], replace(total[1], index_bytes=indices))
-    return Report(*total, layers, _device_name(parameter.device), torch.get_num_threads(), tuple(uncounted))
+    device = _device_name(parameter.device)
+    return Report(
+        *total, layers, device, torch.get_num_threads(), tuple(uncounted), ratios(times), watch.machine.state()
+    )
 
 
 def print_plan(rows: Sequence[Row], console: Console | None = None, title: str = "Low-rank structures") -> None:
@@ -275,7 +282,7 @@ def _layout(name: str, dense: LinearMap, entry: dict[str, Any] | None, trace: Tr
 
 
 def _layer_sizes(
-    name: str, pair: tuple[nn.Module, nn.Module], trace: Trace, layout: Layout, watch: _Watch
+    name: str, pair: tuple[nn.Module, nn.Module], trace: Trace, layout: Layout, watch: SideBySide
 ) -> tuple[Size, Size]:
     """A layer and what replaces it, for one input of the network: all its calls, tokens and windows count."""
     inputs = layout.layer.inputs
@@ -285,35 +292,34 @@ def _layer_sizes(
         return first, second
     sample = trace.samples[name]
     batch_of = lambda size: with_inputs(Call((sample,)), len(sample), size * inputs[0][0])  # noqa: E731
-    times = watch.times([_trial(module) for module in pair], batch_of, sample.device)
-    return replace(first, latency_ms=times[0]), replace(second, latency_ms=times[1])
+    ms = medians(watch.times([_trial(module) for module in pair], batch_of, sample.device))
+    return replace(first, latency_ms=ms[0]), replace(second, latency_ms=ms[1])
 
 
-def _measure(pair: tuple[nn.Module, nn.Module], call: Call, watch: _Watch) -> tuple[Size, Size]:
+def _measure(pair: tuple[nn.Module, nn.Module], call: Call, watch: SideBySide) -> tuple[tuple[Size, Size], Times]:
     """Both modules on the same arguments: MACs on one input, latency by batch size."""
     trials, one = [_trial(module) for module in pair], with_inputs(call, call.batch or 1, 1)
     macs = [_count_macs(trial, one) for trial in trials]
     times = _times_of_call(trials, call, watch)
-    first, second = (Size(num_parameters(pair[i]), macs[i], times[i]) for i in range(2))
-    return first, second
+    first, second = (Size(num_parameters(pair[i]), macs[i], medians(times)[i]) for i in range(2))
+    return (first, second), times
 
 
-def _times_of_calls(pair: tuple[nn.Module, nn.Module], trace: Trace, watch: _Watch) -> Times:
+def _times_of_calls(pair: tuple[nn.Module, nn.Module], trace: Trace, watch: SideBySide) -> Times:
     """Both, all that `training_step` called together; of the batch sizes at which each could be timed."""
     if not all(name in trace.arguments for name in trace.called):
-        return {}, {}
+        return {}
     each = [
         _times_of_call([_trial(module.get_submodule(name)) for module in pair], trace.arguments[name], watch)
         for name in trace.called
     ]
-    sizes = [size for size in map(str, BATCHES) if each and all(size in times[0] for times in each)]
-    first, second = ({size: sum(times[i][size] for times in each) for size in sizes} for i in range(2))
-    return first, second
+    sizes = [size for size in map(str, BATCHES) if each and all(size in times for times in each)]
+    return {size: added([times[size] for times in each]) for size in sizes}
 
 
-def _times_of_call(trials: Sequence[nn.Module], call: Call, watch: _Watch) -> Times:
+def _times_of_call(trials: Sequence[nn.Module], call: Call, watch: SideBySide) -> Times:
     device = next((p.device for p in trials[0].parameters()), torch.device("cpu"))
-    return watch.times(trials, lambda size: with_inputs(call, call.batch or 1, size), device)
+    return watch.times(trials, lambda size: with_inputs(call, call.batch or 1, size), device, NETWORK_ROUNDS)
 
 
 def _trial(module: nn.Module) -> nn.Module:
@@ -322,67 +328,6 @@ def _trial(module: nn.Module) -> nn.Module:
     trial = detached_copy(module).eval().requires_grad_(False)
     release_(trial)
     return trial
-
-
-class _Watch:
-    """Times two modules side by side, as long as there is time."""
-
-    def __init__(self, wanted: bool) -> None:
-        self._sizes = BATCHES if wanted else ()
-        self._end = time.monotonic() + SECONDS
-
-    def shown(self, layers: list[T]) -> Iterable[T]:
-        """The layers, with a progress bar in a terminal while they are timed."""
-        console = terminal()
-        hidden = not (self._sizes and console.is_terminal)
-        return track(layers, "Timing layers", console=console, transient=True, disable=hidden)
-
-    def times(self, pair: Sequence[nn.Module], batch_of: Callable[[int], Call], device: torch.device) -> Times:
-        """Milliseconds of both by batch size, without the sizes that do not run or fit into memory and time."""
-        found: Times = ({}, {})
-        for size in self._sizes:
-            try:
-                ms = self._both(pair, batch_of, size, device)
-            except Exception:  # of any kind: too little memory, or a network that wants batches of another size
-                break
-            if ms is None:
-                break
-            found[0][str(size)], found[1][str(size)] = ms[0], ms[-1]
-        return found
-
-    def _both(
-        self, pair: Sequence[nn.Module], batch_of: Callable[[int], Call], size: int, device: torch.device
-    ) -> list[float] | None:
-        """In turns. What was not replaced takes the same time by construction: no noise of the measurement is shown as
-        a gain. None where it would take more than half of the time that is left, or memory that is not there."""
-        modules = pair[:1] if is_same_computation(*pair) else pair
-        probes = [_probe(_runner(module, batch_of(1)), device) for module in modules]
-        free = free_bytes() if device.type == "cpu" else None
-        if free is not None and size * max(taken for _, taken in probes) > free:
-            return None
-        per_round = 2 * size * sum(seconds for seconds, _ in probes)  # `median_ms` calls twice
-        rounds = min(5, int((self._end - time.monotonic()) / 2 / per_round))
-        return (
-            median_ms([_runner(m, batch_of(size)) for m in modules], device.type, 0.1, rounds) if rounds > 0 else None
-        )
-
-
-def _probe(call: Callable[[], Any], device: torch.device) -> tuple[float, int]:
-    """Seconds and bytes that one call takes."""
-    begin = time.perf_counter()
-    with PeakMemory() as memory:
-        call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin, memory.peak
-
-
-def _runner(module: nn.Module, call: Call) -> Callable[[], Any]:
-    @torch.inference_mode()
-    def run_once() -> None:
-        module(*call.args, **call.kwargs)
-
-    return run_once
 
 
 def _count_macs(module: nn.Module, call: Call) -> int:

@@ -33,7 +33,7 @@ LEVELS = [
     # 3: methods, no trainer
     {"planning", "methods"},
     {"extraction"},
-    {"norms"},
+    {"norms", "side_by_side"},
     {"one_shot", "storage", "report", "exporting", "product_decay", "speedups"},
     {"evaluation"},
     # 4: Lightning

@@ -29,9 +29,9 @@ from lowrank_pl import (
 )
 from lowrank_pl.adapters import find_maps
 from lowrank_pl.evaluation import evaluate
-from lowrank_pl.report import median_ms, print_plan
+from lowrank_pl.report import print_plan
 from lowrank_pl.surgery import is_same_computation
-from lowrank_pl.timing import PeakMemory, free_bytes
+from lowrank_pl.timing import PeakMemory, Ratio, free_bytes, times_ms
 from lowrank_pl.tracing import record
 
 X = images(2)[0]
@@ -97,25 +97,27 @@ def test_layers_that_run_several_times_per_input():
 
 
 def test_latency(monkeypatch):
-    monkeypatch.setattr("lowrank_pl.report.median_ms", quick)
+    monkeypatch.setattr("lowrank_pl.side_by_side.times_ms", quick)
     dense = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
     report = summarize(dense, compress(dense, "svd", RANK), torch.randn(2, 16))
     sizes = [report.dense, report.compressed]
     sizes += [size for layer in report.layers for size in (layer.dense, layer.compressed)]
     assert all(list(size.latency_ms) == ["1", "32"] for size in sizes)
     assert all(0 < ms < 1000 for size in sizes for ms in size.latency_ms.values())
+    assert all(ratio.low <= ratio.value <= ratio.high for ratio in report.speedup.values())
+    assert set(report.speedup) == {"1", "32"}
     assert report.device == "CPU"
     assert report.threads == torch.get_num_threads()
     assert "latency, batch 32" in report.to_markdown()
 
 
 def quick(functions, device="cpu", *_):
-    return median_ms(functions, device, 0.001, 1)
+    return times_ms(functions, device, 0.001, 1)
 
 
 def test_latency_tells_slow_from_fast(monkeypatch):
-    monkeypatch.setattr("lowrank_pl.report.BATCHES", (32,))
-    monkeypatch.setattr("lowrank_pl.report.median_ms", quick)
+    monkeypatch.setattr("lowrank_pl.side_by_side.BATCHES", (32,))
+    monkeypatch.setattr("lowrank_pl.side_by_side.times_ms", quick)
     dense = nn.Sequential(nn.Linear(2048, 2048))
     compressed = compress(dense, "svd", FixedRank(8), Targets(skip_last=False))
     x = torch.randn(1, 2048)
@@ -131,12 +133,12 @@ def test_what_takes_too_long_is_not_timed(monkeypatch):
             time.sleep(0.002 * len(x))
             return super().forward(x)
 
-    monkeypatch.setattr("lowrank_pl.report.median_ms", lambda functions, *_: [1.0 for _ in functions])
+    monkeypatch.setattr("lowrank_pl.side_by_side.times_ms", lambda functions, *_: [[1.0] for _ in functions])
     dense = nn.Sequential(nn.Linear(16, 16), Slow(16, 16))
     compressed = compress(dense, "svd", RANK)
     keys = {}
     for seconds in (100, 0.1, 0):
-        monkeypatch.setattr("lowrank_pl.report.SECONDS", seconds)
+        monkeypatch.setattr("lowrank_pl.side_by_side.SECONDS", seconds)
         report = summarize(dense, compressed, torch.randn(2, 16))
         keys[seconds] = [list(size.latency_ms) for size in (report.dense, report.layers[1].dense)]
         assert ("Gaps" in report.to_markdown()) == (seconds == 0.1)
@@ -146,10 +148,10 @@ def test_what_takes_too_long_is_not_timed(monkeypatch):
 
 
 def test_what_does_not_fit_into_memory_is_not_timed(monkeypatch):
-    monkeypatch.setattr("lowrank_pl.report.median_ms", lambda functions, *_: [1.0 for _ in functions])
+    monkeypatch.setattr("lowrank_pl.side_by_side.times_ms", lambda functions, *_: [[1.0] for _ in functions])
     dense, x = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 1024)), torch.randn(2, 1024)
     for numbers, kept in ((2 * 1024, ["1"]), (2 * 32 * 1024, ["1", "32"])):  # two layers' outputs at a time
-        monkeypatch.setattr("lowrank_pl.report.free_bytes", lambda numbers=numbers: 4 * numbers)
+        monkeypatch.setattr("lowrank_pl.side_by_side.free_bytes", lambda numbers=numbers: 4 * numbers)
         assert list(summarize(dense, dense, x).dense.latency_ms) == kept
 
 
@@ -179,11 +181,11 @@ def test_peak_memory(layers):
 def never_twice_the_same():
     """A timer that gives another number at every call and for every function."""
     numbers = itertools.count(1)
-    return lambda functions, *_: [float(next(numbers)) for _ in functions]
+    return lambda functions, *_, **__: [[float(next(numbers))] for _ in functions]
 
 
 def test_what_was_not_replaced_takes_the_same_time(monkeypatch):
-    monkeypatch.setattr("lowrank_pl.report.median_ms", never_twice_the_same())
+    monkeypatch.setattr("lowrank_pl.side_by_side.times_ms", never_twice_the_same())
     dense = Net(norm=True)
     with pytest.warns(UserWarning, match="No layer was compressed"):
         untouched = compress(dense, "svd", FixedRank(1000), example_input=X)
@@ -209,7 +211,7 @@ def test_different_networks_are_timed_apart(other):
 
 
 def test_a_form_that_is_the_dense_network_is_timed_once(monkeypatch):
-    monkeypatch.setattr("lowrank_pl.evaluation.median_ms", never_twice_the_same())
+    monkeypatch.setattr("lowrank_pl.evaluation.times_ms", never_twice_the_same())
     dense = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Linear(16, 4))
     batches = [(torch.randn(4, 1, 4, 4), torch.zeros(4, dtype=torch.long))]
     images = lambda size: torch.randn(size, 1, 4, 4)  # noqa: E731
@@ -284,7 +286,8 @@ def big_report():
     report = summarize(Net(), compress(Net(), "svd", RANK), X, latency=False)
     big = {"params": 138_357_544, "macs": 15_470_264_320, "latency_ms": {"1": 1234.56, "32": 98765.43}}
     sizes = {name: type(report.dense)(**big) for name in ("dense", "compressed")}
-    return type(report)(**{**report.__dict__, **sizes})
+    speedup = {"1": Ratio(1.0, 0.91234, 1.13), "32": Ratio(1.0, 1.0, 1.0)}
+    return type(report)(**{**report.__dict__, **sizes, "speedup": speedup, "machine": {"cores": 2, "others": 1.44}})
 
 
 def test_totals_fit_a_terminal():
@@ -295,11 +298,13 @@ def test_totals_fit_a_terminal():
         "accuracy 92.63 % 91.91 % -0.72",
         "parameters 138,357,544 138,357,544 1.00x",
         "MACs 15,470,264,320 15,470,264,320 1.00x",
-        "latency, batch 1 1234.56 ms 1234.56 ms 1.00x",
+        "latency, batch 1 1234.56 ms 1234.56 ms 1.00x (0.91-1.13), even",
         "latency, batch 32 98765.43 ms 98765.43 ms 1.00x",
     ):
         assert row in rows
     assert not any("…" in line for line in shown)
+    caption = " ".join(" ".join(shown).split())
+    assert "Even: no difference was seen. Other processes kept 1.4 of 2 cores busy." in caption
 
 
 def test_markdown():
