@@ -20,14 +20,12 @@ from lowrank_pl.compression import Row
 from lowrank_pl.extraction import RECORD
 from lowrank_pl.names import clean_name
 from lowrank_pl.samples import by_keywords
-from lowrank_pl.side_by_side import BATCHES, SideBySide, Times, added, medians, ratios
+from lowrank_pl.side_by_side import BATCHES, NETWORK, SideBySide, Times, added, medians, ratios
 from lowrank_pl.structures import Dense, Layout, layout_from_dict
 from lowrank_pl.surgery import detached_copy, num_parameters
 from lowrank_pl.terminal import terminal
 from lowrank_pl.timing import Ratio
 from lowrank_pl.tracing import FUSED, Call, Trace, count_inputs, record, run, with_inputs
-
-NETWORK_ROUNDS = 81
 
 
 @dataclass(frozen=True)
@@ -319,7 +317,7 @@ def _times_of_calls(pair: tuple[nn.Module, nn.Module], trace: Trace, watch: Side
 
 def _times_of_call(trials: Sequence[nn.Module], call: Call, watch: SideBySide) -> Times:
     device = next((p.device for p in trials[0].parameters()), torch.device("cpu"))
-    return watch.times(trials, lambda size: with_inputs(call, call.batch or 1, size), device, NETWORK_ROUNDS)
+    return watch.times(trials, lambda size: with_inputs(call, call.batch or 1, size), device, NETWORK)
 
 
 def _trial(module: nn.Module) -> nn.Module:

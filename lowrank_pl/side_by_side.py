@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from lowrank_pl.surgery import is_same_computation
 from lowrank_pl.terminal import terminal
-from lowrank_pl.timing import ROUNDS, MachineWatch, PeakMemory, Ratio, free_bytes, times_ms
+from lowrank_pl.timing import MachineWatch, PeakMemory, Ratio, free_bytes, times_ms
 from lowrank_pl.tracing import Call
 
 T = TypeVar("T")
@@ -24,6 +25,18 @@ BATCHES = (1, 32)
 SECONDS = 60.0  # for all timing of a report; what would take longer is left out
 SHORT = 0.005  # seconds of a round, of each module, or one call
 WARM_UP = 2  # calls of `times_ms` before its first round
+
+
+@dataclass(frozen=True)
+class Effort:
+    """At most `most` rounds, and beyond `least` no more than take so many seconds."""
+
+    least: int
+    most: int
+    seconds: float
+
+
+LAYER, NETWORK = Effort(5, 21, 0.3), Effort(11, 81, 6.0)
 
 
 def medians(times: Times) -> tuple[dict[str, float], dict[str, float]]:
@@ -58,13 +71,13 @@ class SideBySide:
         return track(layers, "Timing layers", console=console, transient=True, disable=hidden)
 
     def times(
-        self, pair: Sequence[nn.Module], batch_of: Callable[[int], Call], device: torch.device, rounds: int = ROUNDS
+        self, pair: Sequence[nn.Module], batch_of: Callable[[int], Call], device: torch.device, effort: Effort = LAYER
     ) -> Times:
-        """Of both, in at most so many rounds, without the sizes that do not run or fit into memory and time."""
+        """Of both, without the sizes that do not run or fit into memory and time."""
         found: Times = {}
         for size in self._sizes:
             try:
-                both = self._both(pair, batch_of, size, device, rounds)
+                both = self._both(pair, batch_of, size, device, effort)
             except Exception:  # of any kind: too little memory, or a network that wants batches of another size
                 break
             if both is None:
@@ -73,7 +86,12 @@ class SideBySide:
         return found
 
     def _both(
-        self, pair: Sequence[nn.Module], batch_of: Callable[[int], Call], size: int, device: torch.device, rounds: int
+        self,
+        pair: Sequence[nn.Module],
+        batch_of: Callable[[int], Call],
+        size: int,
+        device: torch.device,
+        effort: Effort,
     ) -> Pair | None:
         """In turns. What was not replaced takes the same time by construction: no noise of the measurement is shown as
         a gain. None where it would take more than half of the time that is left, or memory that is not there."""
@@ -83,6 +101,7 @@ class SideBySide:
         if free is not None and size * max(taken for _, taken in probes) > free:
             return None
         per_round = size * sum(seconds for seconds, _ in probes)
+        rounds = min(max(int(effort.seconds / per_round), effort.least), effort.most)
         rounds = min(rounds, int((self._end - time.monotonic()) / 2 / per_round) - WARM_UP)
         if rounds <= 0:
             return None

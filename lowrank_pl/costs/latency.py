@@ -130,7 +130,7 @@ class Latency(StructureCost):
         ]
         with torch.no_grad():
             calls = [partial(_run_all, module.to(self.device).eval(), inputs) for module in modules]
-            return [1e6 * ms for ms in median_ms(calls, torch.device(self.device).type, seconds=0.05)]
+            return [1e6 * ms for ms in median_ms(calls, torch.device(self.device).type, seconds=0.05, rounds=7)]
 
 
 @cache
