@@ -15,7 +15,8 @@ class Entry:
     read, or why it failed.
 
     `numbers` has for `dense` and `compressed`: `error` in percent, `params`, `macs`, `latency_1`, `latency_32` in ms;
-    for `compressed` maybe `response` in percent, the mean error of the outputs of its compressed layers.
+    for `compressed` maybe `response` in percent, the mean error of the outputs of its compressed layers, and
+    `speedup_32_low`, `speedup_32_high`, between which the ratio of times lies.
     """
 
     directory: Path
@@ -34,6 +35,12 @@ class Entry:
     @property
     def has_failed(self) -> bool:
         return self.status in ("failed", "diverged")
+
+    @property
+    def is_as_fast(self) -> bool:
+        """Whether no difference was seen between the times of the two networks at batch 32."""
+        low, high = (self.value("compressed", f"speedup_32_{bound}") for bound in ("low", "high"))
+        return low is not None and high is not None and low <= 1 <= high
 
     def value(self, network: str, quantity: str) -> float | None:
         """One of the numbers; None where it is not known."""

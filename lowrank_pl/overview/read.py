@@ -114,6 +114,9 @@ def _read_report(entry: Entry, doubt: Callable[[str], None], briefly: bool) -> N
             **{quantity: own.number(quantity) for quantity in ("params", "macs")},
             **{f"latency_{batch}": times.number(batch) for batch in ("1", "32")},
         }
+        if network == "compressed":
+            bounds = values.part("speedup").part("32")
+            numbers |= {f"speedup_32_{bound}": bounds.number(bound) for bound in ("low", "high")}
         if entry.status != "diverged":  # of which numbers mean nothing
             entry.numbers[network] = {name: number for name, number in numbers.items() if number is not None}
     layers = values.parts("layers")

@@ -25,8 +25,9 @@ _CSV = (
 )  # fmt: skip
 CAPTION = (
     "Test error, and its change from the dense network in points; cost of the compressed network, and how many times "
-    "less than the dense one's; ms: a batch of 32 on the machine of the run. *: no other run here has both less error "
-    "and fewer MACs. lambda: loss per million units of cost, times each layer's ||W||^2 unless normalize is false."
+    "less than the dense one's; ms: a batch of 32 on the machine of the run, even where no difference was seen. *: no "
+    "other run here has both less error and fewer MACs. lambda: loss per million units of cost, times each layer's "
+    "||W||^2 unless normalize is false."
 )
 _RESPONSES = (
     " response %: how far a compressed layer's outputs are from the dense network's, as a share of their variance, on "
@@ -63,7 +64,8 @@ def rows(entries: Sequence[Entry]) -> list[list[str]]:
         for quantity in ("macs", "params", "latency_32"):
             own, other = entry.value("compressed", quantity), entry.value("dense", quantity)
             line.append("" if own is None else f"{own:.3g}" if quantity == "latency_32" else count(own))
-            line.append("" if not own or other is None else f"{other / own:.2f}x")
+            even = quantity == "latency_32" and entry.is_as_fast
+            line.append("" if not own or other is None else "even" if even else f"{other / own:.2f}x")
         if width > len(_COLUMNS):
             response = entry.value("compressed", "response")
             line.append("" if response is None else f"{response:.3g}")

@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from lowrank_pl.overview import gather, overview_tables, page, to_csv, to_markdown
+from lowrank_pl.overview.tables import rows
 
 CONFIG = """\
 model: {{net: {{_target_: lowrank_pl.models.LeNet300}}, weights: null}}
@@ -68,6 +69,18 @@ def runs(tmp_path: Path) -> Path:
     for i, (macs, error) in enumerate([(20_000, 0.03), (40_000, 0.02), (50_000, 0.025), (90_000, 0.015)]):
         make_run(tmp_path / "runs" / str(i), macs, error, lambda_=(i + 1) / 1000)
     return tmp_path / "runs"
+
+
+@pytest.mark.parametrize(
+    ("speedup", "shown"),
+    [({"value": 7.5, "low": 7.0, "high": 8.0}, "7.50x"), ({"value": 7.5, "low": 0.9, "high": 8.0}, "even"),
+     ({"value": 7.5, "low": 0.9}, "7.50x"), ({"low": "x", "high": []}, "7.50x"), (3, "7.50x")],
+)  # fmt: skip
+def test_times_that_are_not_told_apart_are_even(tmp_path: Path, speedup: Any, shown: str) -> None:
+    file = make_run(tmp_path / "run") / "report.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "speedup": {"32": speedup}}))
+    (row,) = rows(gather([tmp_path]))
+    assert row[9] == shown
 
 
 def test_the_table_has_every_run_and_marks_the_pareto_front(runs: Path) -> None:
