@@ -114,7 +114,7 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
     for key, value in vars(old).items():
         if key in _HOOKS:
             vars(new)[key] = value
-        elif not key.startswith("_"):
+        elif not key.startswith("_") and key not in {**new._parameters, **new._buffers, **new._modules}:
             vars(new).setdefault(key, value)
 
 

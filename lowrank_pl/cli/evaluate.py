@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 from lowrank_pl.cli.finished import Finished, is_sealed
+from lowrank_pl.deploying import deploy
 from lowrank_pl.evaluation import evaluate, evaluation_table, problems_of
 from lowrank_pl.exporting import SUFFIXES, Runner, load_exported
 from lowrank_pl.files import write_files
@@ -17,9 +18,10 @@ from lowrank_pl.storage import load_compressed
 from lowrank_pl.terminal import printable, terminal
 
 _DESCRIPTION = """\
-Test the dense network of a finished run, the compressed one, and what `lowrank-pl export` has written into
-RUN/exported/, on all test images, and measure them side by side on this CPU. Exits with 1 if an exported network does
-not agree with the compressed one, or any gives NaN. The numbers are also in RUN/evaluation.json.
+Test the dense network of a finished run, the compressed one, that as `deploy` makes it for single images, and what
+`lowrank-pl export` has written into RUN/exported/, on all test images, and measure them side by side on this CPU.
+Exits with 1 if one of them does not agree with the compressed one, or any gives NaN. The numbers are also in
+RUN/evaluation.json.
 """
 
 
@@ -41,12 +43,13 @@ def main() -> None:
         networks: dict[str, Runner] = {
             "dense": run.dense,
             "compressed": run.compressed,
+            "deployed": deploy(run.compressed, run.images(1).contiguous(memory_format=run.memory_format)),
             **_exported(run, arguments.trust),
         }
         results = evaluate(networks, run.data.test_dataloader(), run.images, run.memory_format)
         terminal().print(evaluation_table(results))
         write_files({run.directory / "evaluation.json": as_json(results)})
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(printable(f"lowrank-pl evaluate: {error}"))
     problems = problems_of(results)
     if problems:

@@ -41,7 +41,7 @@ def test_every_form_agrees(run: Path, tmp_path: Path) -> None:
         assert finish("export", "run", "--to", kind, folder=tmp_path) == 0, output(tmp_path)
     assert finish("evaluate", "run", folder=tmp_path) == 0, output(tmp_path)
     results = json.loads((run / "evaluation.json").read_text())
-    assert list(results) == ["dense", "compressed", "pt2", "onnx", "safetensors"]
+    assert list(results) == ["dense", "compressed", "deployed", "pt2", "onnx", "safetensors"]
     report = json.loads((run / "report.json").read_text())
     for name, values in results.items():
         expected = report["dense" if name == "dense" else "compressed"]["accuracy"]
