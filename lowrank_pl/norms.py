@@ -28,6 +28,8 @@ def fold_norms_(net: nn.Module) -> None:
     """Turn the batch norms that `from_scratch(..., norm_between=True)` has put between factors into scales and biases
     of the layers before them, once the network is trained: in evaluation mode it then computes the same without them.
     """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"Expected argument `net` to be a module but got {net!r:.100}")
     for _, chain, entry in _chains(net):
         if chain.layout.between == "norms":
             chain.fold_norms_()

@@ -72,6 +72,7 @@ def make_plan(
         own, rule = _first_match(methods, name), _first_match(rules, name)
         if isinstance(own, FirstOf) and own.unsupported(spec) is None:
             (own,) = own.candidates(spec)  # from here on as if it alone had been given
+        own = own.by_stages() if own is not None and rule is not None and rule.weighs_macs else own
         reason = reason or _mismatch(name, spec, own, rule)
         if reason is None and own is not None and rule is not None:
             compressions.append(Compression(each, spec, own, rule))
@@ -92,10 +93,13 @@ def _check_named(methods: Mapping[str, Candidates], specs: Mapping[str, LayerSpe
         given = [name for name, spec in specs.items() if spec.num_weights and _first_match(methods, name) is method]
         reasons = {name: method.unsupported(specs[name]) for name in given if method.names_its_layers}
         if reasons and all(reasons.values()):
-            name, reason = next(iter(reasons.items()))
-            raise ValueError(
-                f"Layer {name!r}: {type(method).__name__} {reason}; expected `method` to give it to such layers"
+            first: dict[str, str] = {}  # layer with each reason
+            for name, reason in reasons.items():
+                first.setdefault(str(reason), name)
+            told = "; ".join(
+                f"layer {name!r}: {type(method).__name__} {reason}" for reason, name in [*first.items()][-3:]
             )
+            raise ValueError(f"{told[0].upper()}{told[1:]}; expected `method` to give it to such layers")
 
 
 def _mismatch(name: str, layer: LayerSpec, method: Candidates | None, rule: RankRule | None) -> str | None:

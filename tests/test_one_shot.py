@@ -10,7 +10,22 @@ import torch.nn.functional as F
 from nets import Net, images
 from torch import nn
 
-from lowrank_pl import FixedRank, RankFraction, Samples, Targets, compress, load_compressed, save_compressed, summarize
+from lowrank_pl import (
+    Cheapest,
+    CostBudget,
+    FixedRank,
+    GreedyEnergy,
+    LowRankPlusSparse,
+    RankFraction,
+    Samples,
+    Targets,
+    TensorTrain,
+    TiledSVD,
+    compress,
+    load_compressed,
+    save_compressed,
+    summarize,
+)
 from lowrank_pl.extraction import RECORD
 from lowrank_pl.methods.batch_norms import reestimate_batch_norms_
 from lowrank_pl.samples import as_call
@@ -388,3 +403,37 @@ def test_mappings_are_keywords():
     net, x = Words(), {"ids": torch.randint(100, (3, 5)), "labels": torch.zeros(3)}
     small = compress(net, "svd", targets=ALL, example_input=x)
     assert summarize(net, small, x).dense.macs == 5 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    "method", [TiledSVD(8), LowRankPlusSparse(), Cheapest("svd", LowRankPlusSparse(), TiledSVD(8))], ids=repr
+)
+@pytest.mark.parametrize("rule", [CostBudget, GreedyEnergy])
+def test_a_budget_of_multiply_adds_is_kept_by_what_could_run_dense(rule, method):
+    """As PyTorch counts them, whatever is faster."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    ).eval()  # fmt: skip
+    x = torch.randn(4, 3, 12, 12)
+    small = compress(net, method, rule("macs", 0.5), example_input=x)
+    report = summarize(net, small, x, latency=False)
+    assert report.compressed.macs <= 0.5 * report.dense.macs
+
+
+def test_a_budget_of_multiply_adds_is_kept_by_tensor_trains():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(144, 144), nn.ReLU(), nn.Linear(144, 100)), torch.randn(4, 144)
+    every = Targets(skip_first=False, skip_last=False)
+    small = compress(net, TensorTrain(), CostBudget("macs", 0.6), every, example_input=x)
+    report = summarize(net, small, x, latency=False)
+    assert report.compressed.macs <= 0.6 * report.dense.macs
+
+
+def test_inputs_and_weights_without_numbers_are_refused():
+    net, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), torch.randn(2, 16)
+    with pytest.raises(ValueError, match="`example_input` without NaN"):
+        compress(net, "svd", example_input=x * torch.nan)
+    with pytest.raises(ValueError, match=r"`model` with weights, but '0.weight' is on the device 'meta'"):
+        compress(copy.deepcopy(net).to("meta"), LowRankPlusSparse())

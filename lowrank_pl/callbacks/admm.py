@@ -86,6 +86,8 @@ class ADMM(AlternatingCallback):
             check_number(name, value, lambda x: 0 < x < float("inf"), "a number above 0")
         check_number("growth", growth, lambda x: 1 <= x < float("inf"), "a number of at least 1")
         check_number("tolerance", tolerance, lambda x: 0 <= x < float("inf"), "a number of at least 0")
+        if balance and growth != 1:
+            raise ValueError(f"Expected argument `growth` to be 1 with balance=True, which sets t, but got {growth!r}")
         check_int("steps", steps, 1)
         check_int("patience", patience, 1)
         if l_step is not None and (l_step_epochs is not None or l_step_steps is not None):

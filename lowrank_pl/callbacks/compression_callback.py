@@ -123,8 +123,16 @@ class CompressionCallback(pl.Callback, ABC):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._restored:
             self.last_step = trainer.global_step
+            self._check_choices(pl_module)
         elif self.trace is not None:
             self._make_plan(trainer, pl_module)
+
+    def _check_choices(self, pl_module: pl.LightningModule) -> None:
+        """Raise for patterns that match nothing and for ranks that layers cannot have before a step has been made."""
+        plan = make_plan(pl_module, self.method, self.rank, self.targets, training=True)
+        for c in plan.compressions:
+            if c.rule.sees_shapes_alone:
+                c.rule([c.problem()])
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -8,13 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from lowrank_pl.cli.configs import mirrors, protected
 from lowrank_pl.runs import Run, checkpoints, stages_again
 
 
-def show(changed: Mapping[str, tuple[Any, Any]], directory: Path, force: bool) -> list[str]:
+def show(changed: Mapping[str, tuple[Any, Any]], directory: Path, force: bool, config: DictConfig) -> list[str]:
     """Print what is changed, and return it; `ValueError` for what makes it another run."""
-    notes = _out_of_reach(changed, directory)
+    notes = _out_of_reach(changed, directory) | without_effect(changed, config)
     lines = [
         f"{key}: {old} -> {new}" + (f"  ({notes[key]})" if key in notes else "") for key, (old, new) in changed.items()
     ]
@@ -42,6 +44,15 @@ def is_at_its_end(run: Run, force: bool) -> bool:
         )
     again, _ = stages_again(run.directory, run.facts["done"])
     return run.facts["status"] == "finished" and not again
+
+
+def without_effect(keys: Iterable[str], config: DictConfig) -> dict[str, str]:
+    """What to say of the trainer's length where the method has its own."""
+    method = str(config.compression.get("_target_", ""))
+    if not method.endswith((".LearningCompression", ".ADMM")):
+        return {}
+    reason = "has no effect: compression.steps and compression.l_step_epochs say how long it trains"
+    return {key: reason for key in keys if key in ("trainer.max_epochs", "trainer.max_steps")}
 
 
 def still_done(done: list[str], changed: Iterable[str]) -> list[str]:

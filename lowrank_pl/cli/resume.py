@@ -57,7 +57,7 @@ def main() -> None:
             if not changed and is_at_its_end(run, arguments.force):
                 say(f"Nothing to do: {run.directory} is finished.")
                 return
-            lines = show(changed, run.directory, arguments.force)
+            lines = show(changed, run.directory, arguments.force, config)
             downloads = run.is_own or "data.root" in given_keys(arguments.values, run.facts["links"])
             with nullcontext() if downloads else no_downloads():
                 recipe = build(config, config.paths.references)

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lowrank_pl.cli.build import build
-from lowrank_pl.cli.changes import given_keys
+from lowrank_pl.cli.changes import given_keys, without_effect
 from lowrank_pl.cli.configs import links, mirrored, resolved, stored
 from lowrank_pl.cli.foreign import check_foreign, check_search_path, searching, stored_links
 from lowrank_pl.cli.mistakes import asks_for_trace, check_words, explain, told
@@ -139,6 +139,8 @@ def _run(config: DictConfig, linked: dict[str, str], made: list[tuple[DictConfig
                     else:  # a job of several, or the configs say what time it is
                         in_sweep = Path(job.sweep.dir) / "references" if job.mode == RunMode.MULTIRUN else None
                         recipe = _recipe(complete, given_keys(overrides, linked), is_foreign, in_sweep)
+                for key, reason in without_effect(given_keys(overrides, linked), complete).items():
+                    say(f"{key} {reason}")
                 with _in_a_line(*WHILE_TRAINING):
                     execute(run, recipe, stop)
         except Exception:

@@ -34,6 +34,11 @@ class Candidates(ABC):
     def candidates(self, layer: LayerSpec) -> tuple[Decomposition, ...]:
         """The decompositions to choose among for this layer; at least one where it is supported."""
 
+    def by_stages(self) -> Candidates:
+        """The same, but what could also run dense, where that is left open, computes by its `stages`: for rules that
+        weigh multiply-adds, of which a layer that runs dense saves none."""
+        return self
+
 
 class Decomposition(Candidates):
     """A family of cheaper structures for a weight, indexed by a rank.
@@ -43,6 +48,9 @@ class Decomposition(Candidates):
     """
 
     least: ClassVar[int] = 1
+
+    def by_stages(self) -> Decomposition:
+        return self
 
     @final
     def candidates(self, layer: LayerSpec) -> tuple[Decomposition, ...]:

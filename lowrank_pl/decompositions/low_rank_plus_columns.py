@@ -48,6 +48,15 @@ class LowRankPlusColumns(Decomposition):
         """With as many channels."""
         return (*ranks, min(ranks[0], layer.in_channels // layer.groups))
 
+    def within(self, layer: LayerSpec, weights: float) -> Rank:
+        """One part alone where even the smallest of both are too many."""
+
+        def stored(rank: Rank) -> int:
+            return self.layout(layer, rank).num_weights
+
+        both, alone = super().within(layer, weights), [(*SVD().within(layer, weights), 0), (0, 1)]
+        return both if stored(both) <= weights else min(alone, key=stored)
+
     def layout(self, layer: LayerSpec, rank: Rank) -> Layout:
         r, c = rank
         if c == 0:

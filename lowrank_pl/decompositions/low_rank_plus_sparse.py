@@ -57,6 +57,9 @@ class LowRankPlusSparse(Decomposition):
         assert isinstance(self.low_rank, Decomposition)
         return self.low_rank
 
+    def by_stages(self) -> LowRankPlusSparse:
+        return replace(self, low_rank=self.spectral.by_stages(), run=self.run or "csr")
+
     def unsupported(self, layer: LayerSpec) -> str | None:
         return self.spectral.unsupported(layer)
 
@@ -95,7 +98,7 @@ class LowRankPlusSparse(Decomposition):
             low, stored = (0,) * len(low), 0
         rest = int(weights) - stored if self.share else 0
         rank = (*low, min(rest, layer.num_weights))
-        return rank if any(rank) else (*self.spectral.within(layer, weights), 0)
+        return rank if any(rank) else (*low, 1) if self.share else (*self.spectral.within(layer, weights), 0)
 
     def values(self, layer: LayerSpec, most: int) -> tuple[list[int], ...]:
         """Denser where there are few."""

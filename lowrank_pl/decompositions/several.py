@@ -25,6 +25,9 @@ class Several(Candidates):
         each = [resolve(member, Decomposition, "method")["*"] for member in members]  # type: ignore[type-abstract]
         object.__setattr__(self, "members", tuple(each))
 
+    def by_stages(self) -> Several:
+        return type(self)(*(member.by_stages() for member in self.members))
+
     def unsupported(self, layer: LayerSpec) -> str | None:
         reasons = [(type(member).__name__, member.unsupported(layer)) for member in self.members]
         if any(reason is None for _, reason in reasons):

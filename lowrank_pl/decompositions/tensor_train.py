@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import TypeAlias, final
 
@@ -48,6 +48,9 @@ class TensorTrain(Decomposition):
     @property
     def names_its_layers(self) -> bool:
         return self.shape is not None
+
+    def by_stages(self) -> TensorTrain:
+        return self if self.run else replace(self, run="factors")
 
     def unsupported(self, layer: LayerSpec) -> str | None:
         if layer.kind != "linear" or layer.groups > 1:

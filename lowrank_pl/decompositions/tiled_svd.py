@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from torch import Tensor
@@ -33,6 +33,9 @@ class TiledSVD(Decomposition):
     def __post_init__(self) -> None:
         check_int("tile", self.tile, 1)
         check_among("run", self.run, ("factors", "dense", None))
+
+    def by_stages(self) -> TiledSVD:
+        return self if self.run else replace(self, run="factors")
 
     def unsupported(self, layer: LayerSpec) -> str | None:
         single = layer.groups > 1 and layer.groups in (layer.in_channels, layer.out_channels)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, final
 
 import torch
@@ -72,11 +74,27 @@ class SparseLayer(DenseRun):
         return f"{self.nonzeros:,} of {self.spec.num_weights:,} weights, run={self.run!r}"
 
 
+_told: list[bool] = []
+
+
+@contextmanager
+def quiet_csr() -> Iterator[None]:
+    """PyTorch warns once of all that it may lack for such matrices, of which this needs nothing but products."""
+    if _told:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        yield
+    _told.append(True)
+
+
 @torch.library.custom_op("lowrank_pl::multiply_rows", mutates_args=())
 def multiply_rows(begins: Tensor, columns: Tensor, values: Tensor, x: Tensor) -> Tensor:
     """A matrix in compressed sparse rows times `x` `[columns, n]`: PyTorch's counter takes that for dense."""
     shape = (len(begins) - 1, len(x))
-    return torch.sparse_csr_tensor(begins, columns, values, shape, check_invariants=False) @ x
+    with quiet_csr():
+        return torch.sparse_csr_tensor(begins, columns, values, shape, check_invariants=False) @ x
 
 
 @register_flop_formula(torch.ops.lowrank_pl.multiply_rows)

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from lowrank_pl.costs import Cost, resolve_cost
+from lowrank_pl.costs import Cost, Macs, resolve_cost
 from lowrank_pl.decompositions import Analysis, Candidates, Choice, Decomposition
 from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.linalg import squared_norm
@@ -114,6 +114,11 @@ class RankRule(ABC):
         """Whether it chooses the same ranks whatever the weights are."""
         return False
 
+    @property
+    def weighs_macs(self) -> bool:
+        """Whether multiply-adds are what it weighs errors against."""
+        return False
+
     @abstractmethod
     def __call__(
         self, problems: Sequence[RankProblem], error_weight: float = 1.0, others: Sequence[LayerSpec] = ()
@@ -137,6 +142,10 @@ class CostRule(RankRule):
     @property
     def compares(self) -> bool:
         return True
+
+    @property
+    def weighs_macs(self) -> bool:
+        return isinstance(self.charged, Macs)
 
     @property
     def charged(self) -> Cost:

@@ -39,6 +39,10 @@ class MultipleOf(RankRule):
         return self._inner.compares
 
     @property
+    def weighs_macs(self) -> bool:
+        return self._inner.weighs_macs
+
+    @property
     def sees_shapes_alone(self) -> bool:
         return self._inner.sees_shapes_alone
 

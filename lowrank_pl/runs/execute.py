@@ -248,6 +248,8 @@ class _Execution:
         memory = {"memory_format": torch.channels_last if self.recipe.channels_last else torch.contiguous_format}
         example = self.example.contiguous(**memory)
         self.progress.say("timing both networks, layer by layer")
+        if isinstance(self.recipe.compression, OneShot) and self.recipe.compression.initialize == "variance":
+            self.progress.say("the dense network has not been trained: compare accuracies with another run's")
         report = summarize(dense.cpu().to(**memory), compressed.cpu().to(**memory), example)
         values = report.to_dict()
         for network, results in tested.items():

@@ -151,6 +151,7 @@ def test_a_shorter_fit_ends_with_the_structure_too(tmp_path):
         ({"lambda_2": float("nan")}, "lambda_2"),
         ({"t0": -1.0}, "t0"),
         ({"growth": 0.9}, "growth"),
+        ({"growth": 1.5, "balance": True}, "growth"),
         ({"steps": 0}, "steps"),
         ({"patience": 0.5}, "patience"),
         ({"tolerance": -1}, "tolerance"),

@@ -101,3 +101,21 @@ def test_two_methods_in_one_fit(tmp_path):
     both = DeepTwist(), LearningCompression(budget=CostBudget("params", 0.5), l_step_epochs=1)
     with pytest.raises(ValueError, match=r"one compressing callback .* DeepTwist and LearningCompression"):
         quiet_trainer(tmp_path, *both, max_epochs=1).fit(Module(), loader())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": {"zz*": "cp"}}, r"Pattern 'zz\*' in `method`"),
+        ({"rank": {"zz*": FixedRank(2)}}, r"Pattern 'zz\*' in `rank`"),
+        ({"method": "low_rank_plus_sparse", "rank": FixedRank((1, 2, 3))}, r"`r` with 2 entries"),
+    ],
+    ids=["method", "rank", "entries"],
+)
+def test_choices_that_cannot_be_are_told_before_a_step(tmp_path, arguments, message):
+    module = Module()
+    before = weights(module)
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer(tmp_path, DeepTwist(2, **arguments), max_steps=3).fit(module, loader())
+    after = weights(module)
+    assert all(torch.equal(after[name], before[name]) for name in before)

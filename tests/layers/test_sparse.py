@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_pl.decompositions import LowRankPlusSparse
+from lowrank_pl.decompositions import Decomposition, LowRankPlusSparse, TensorTrain, TiledSVD
 from lowrank_pl.layers import SparseLayer, packed, spec_of
 
 OPTIMIZERS = {
@@ -68,3 +68,23 @@ def test_a_fresh_layer_can_be_trained() -> None:
     torch.manual_seed(0)
     layer = SparseLayer(spec_of(nn.Linear(256, 256)), 6000, bias=True)
     assert 0.3 < float(layer(torch.randn(64, 256)).detach().std()) < 3
+
+
+@pytest.mark.parametrize(
+    ("decomposition", "layer"),
+    [(LowRankPlusSparse(share=1, run="dense"), nn.Linear(24, 24)),
+     (LowRankPlusSparse(share=1, run="csr"), nn.Linear(24, 24)),
+     (TensorTrain(run="dense"), nn.Linear(24, 24)), (TiledSVD(4, "dense"), nn.Conv2d(8, 8, 3))],
+    ids=repr,
+)  # fmt: skip
+def test_what_was_written_past_pytorch_is_noticed_at_eval(decomposition: Decomposition, layer: nn.Module) -> None:
+    """Through `.data`, which counts no versions: as averages of weights are often kept."""
+    spec = spec_of(layer)
+    rank = decomposition.within(spec, spec.num_weights / 2)
+    module = decomposition.factor(layer.weight, spec, rank).to_module(layer.bias).eval()
+    x = torch.randn(2, 24) if isinstance(layer, nn.Linear) else torch.randn(2, 8, 5, 5)
+    with torch.no_grad():
+        assert module(x).norm() > 0
+        for parameter in module.parameters():
+            parameter.data.mul_(0)
+        assert module.eval()(x).norm() == 0

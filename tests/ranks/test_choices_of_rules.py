@@ -13,6 +13,7 @@ from lowrank_pl.decompositions import (
     CP,
     SVD,
     Choice,
+    LowRankPlusColumns,
     LowRankPlusSparse,
     TensorTrain,
     TiledSVD,
@@ -194,3 +195,23 @@ def test_problems_see_the_decomposition():
     assert problem.full == (8, 12)
     assert [len(errors) for errors in problem.errors] == [9, 13]
     assert dataclasses.replace(problem, method=SVD()).full == (12,)
+
+
+@pytest.mark.parametrize("x", [2, 8, 40])
+@pytest.mark.parametrize(
+    "decomposition", [LowRankPlusColumns(), LowRankPlusSparse(), LowRankPlusSparse(share=1)], ids=str
+)
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv3d(8, 12, 3), nn.Conv1d(16, 24, 5, groups=2), nn.Conv2d(32, 32, 3, groups=4), nn.Linear(2, 3),
+     nn.ConvTranspose2d(16, 24, 4, groups=2), nn.Conv2d(13, 17, (3, 5))],
+    ids=str,
+)  # fmt: skip
+def test_a_ratio_is_met_wherever_some_rank_meets_it(layer, decomposition, x):
+    """By trying all that have one part alone, of which the smallest rank is one."""
+    spec = spec_of(layer)
+    (choice,) = CompressionRatio(x)([RankProblem("", spec, decomposition, layer.weight.detach())])
+    alone = [(1, 0), (0, 1)] if decomposition != LowRankPlusSparse(share=1) else [(0, 1)]
+    least = min(decomposition.layout(spec, rank).num_weights for rank in alone)
+    stored = decomposition.layout(spec, choice.rank).num_weights
+    assert stored <= max(spec.num_weights / x, least)
