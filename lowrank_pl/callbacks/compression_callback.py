@@ -131,8 +131,7 @@ class CompressionCallback(pl.Callback, ABC):
         """Raise for patterns that match nothing and for ranks that layers cannot have before a step has been made."""
         plan = make_plan(pl_module, self.method, self.rank, self.targets, training=True)
         for c in plan.compressions:
-            if c.rule.sees_shapes_alone:
-                c.rule([c.problem()])
+            c.rule.check(c.problem())
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

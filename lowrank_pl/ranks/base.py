@@ -129,6 +129,9 @@ class RankRule(ABC):
         counts against a budget; as `Others` they also tell what no layer covers.
         """
 
+    def check(self, problem: RankProblem) -> None:  # noqa: B027  # most rules can always choose
+        """Raise `ValueError`, with the layer's name, where it cannot choose: before anything is trained."""
+
     def note(self, problem: RankProblem, rank: Rank) -> str | None:
         """What a user should know about this choice, for the report."""
         return None

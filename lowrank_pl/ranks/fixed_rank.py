@@ -53,6 +53,9 @@ class FixedRank(RankRule):
             kind.check_rank(layer, rank)
         return rank
 
+    def check(self, problem: RankProblem) -> None:
+        self._rank(problem)
+
     def note(self, problem: RankProblem, rank: Rank) -> str | None:
         if isinstance(self.r, tuple):
             over = any(r > most for r, most in zip(self.r, problem.full, strict=True))
