@@ -70,6 +70,22 @@ class SparseLayer(DenseRun):
         begins = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return begins, group * mask.shape[2] + column, lowered(self.dense_weight(), self.spec)[mask]
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        given: Any = state_dict.get(f"{prefix}where")
+        fits = isinstance(given, Tensor) and (given.dtype, given.shape) == (self.where.dtype, self.where.shape)
+        if fits and not given.is_meta and not self._are_places(given):
+            errors: list[str] = others[-1]
+            expected = f"{self.nonzeros:,} ascending places of {self.spec.num_weights:,}"
+            errors.append(f"{prefix}where: expected {expected}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _are_places(self, where: Tensor) -> bool:
+        if where.dtype == torch.uint8:
+            return int(_mask_of(where, self.spec).sum()) == self.nonzeros
+        inside = not len(where) or bool((where >= 0).all() and (where < self.spec.num_weights).all())
+        return inside and bool((where.diff() > 0).all())
+
     def extra_repr(self) -> str:
         return f"{self.nonzeros:,} of {self.spec.num_weights:,} weights, run={self.run!r}"
 

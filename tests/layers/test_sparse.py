@@ -88,3 +88,15 @@ def test_what_was_written_past_pytorch_is_noticed_at_eval(decomposition: Decompo
         for parameter in module.parameters():
             parameter.data.mul_(0)
         assert module.eval()(x).norm() == 0
+
+
+@pytest.mark.parametrize("count", [40, 4])  # a bit for every weight, and numbers
+def test_places_that_cannot_be_are_not_loaded(count: int) -> None:
+    layer = nn.Conv2d(6, 9, 3)
+    module = LowRankPlusSparse().factor(layer.weight, spec_of(layer), (0, count)).to_module(layer.bias)
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    for bad in (torch.zeros_like(state["where"]), torch.full_like(state["where"], 127)):
+        with pytest.raises(RuntimeError, match=rf"where: expected {count} ascending places of 486"):
+            module.load_state_dict({**state, "where": bad})
+    module.load_state_dict(state)
+    module.load_state_dict(state, assign=True)
