@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # for type checkers; below the same by name
         TiledSVD,
         Tucker2,
     )
-    from lowrank_pl.deploying import deploy
+    from lowrank_pl.deployment import deploy
     from lowrank_pl.layer_spec import LayerSpec
     from lowrank_pl.norms import fold_norms_
     from lowrank_pl.one_shot import compress, from_scratch
@@ -69,7 +69,7 @@ _HOMES = {
     "lowrank_pl.planning": ("make_plan",),
     "lowrank_pl.one_shot": ("compress", "from_scratch"),
     "lowrank_pl.samples": ("Samples",),
-    "lowrank_pl.deploying": ("deploy",),
+    "lowrank_pl.deployment": ("deploy",),
     "lowrank_pl.layer_spec": ("LayerSpec",),
     "lowrank_pl.norms": ("fold_norms_",),
     "lowrank_pl.storage": ("load_compressed", "save_compressed"),

@@ -35,7 +35,7 @@ LEVELS = [
     {"extraction"},
     {"norms", "side_by_side"},
     {"one_shot", "storage", "report", "exporting", "product_decay", "speedups"},
-    {"evaluation", "deploying"},
+    {"evaluation", "deployment"},
     # 4: Lightning
     {"module", "models", "data", "schedules", "figures"},
     {"callbacks"},

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 from lowrank_pl.cli.finished import Finished, is_sealed
-from lowrank_pl.deploying import deploy
+from lowrank_pl.deployment import deploy
 from lowrank_pl.evaluation import evaluate, evaluation_table, problems_of
 from lowrank_pl.exporting import SUFFIXES, Runner, load_exported
 from lowrank_pl.files import write_files

@@ -77,7 +77,7 @@ def test_norms_are_folded_where_that_changes_nothing():
 def clock(monkeypatch, dense_is_faster):
     """Of the two that are timed, the second is the dense layer, or the network that is channels-last."""
     times = [[2.0], [1.0]] if dense_is_faster else [[1.0], [2.0]]
-    monkeypatch.setattr("lowrank_pl.deploying.times_ms", lambda *_, **__: times)
+    monkeypatch.setattr("lowrank_pl.deployment.times_ms", lambda *_, **__: times)
 
 
 class Small(nn.Module):
