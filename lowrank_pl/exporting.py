@@ -6,6 +6,7 @@ import io
 import logging
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -19,17 +20,19 @@ from lowrank_pl.files import write_files
 from lowrank_pl.reading import first_line, read_bytes
 
 Runner = Callable[[Tensor], Tensor]
-SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx"}
+SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
+WEIGHTS = {".xml": ".bin"}  # of formats with a second file, which lies beside the first
 TOLERANCE = 1e-3  # of the largest output's size, by which an exported network may differ
 
 
 def export(net: nn.Module, images: Tensor, path: str | Path) -> float:
-    """Write the network as the file's suffix says, `.pt2` (torch.export) or `.onnx` (the dynamo exporter).
+    """Write the network as the file's suffix says: `.pt2` (torch.export), `.onnx` (the dynamo exporter), or `.xml`
+    (OpenVINO's IR in float32, with its weights in a `.bin` beside it).
 
     Before the file is put in its place it is run on `images` [N, C, H, W], N at least 2, and on the first of them
     alone, and compared with the network. Returns the largest difference, of the largest output's size; raises
     `ValueError` if it is above 1e-3, for a network that gives NaN or infinity, or for another suffix, `ImportError`
-    without the packages for ONNX.
+    without the packages that the format needs.
     """
     path, net = Path(path), net.cpu().eval()
     images = images.contiguous()
@@ -39,14 +42,19 @@ def export(net: nn.Module, images: Tensor, path: str | Path) -> float:
         raise ValueError(f"Expected a file name ending in {' or '.join(SUFFIXES.values())} but got {path.name!r}")
     check_finite(net, images)
     with _quiet(), torch.no_grad():
-        data = (_to_pt2 if path.suffix == ".pt2" else _to_onnx)(net, images)
-        run = _pt2_runner(io.BytesIO(data)) if path.suffix == ".pt2" else _onnx_runner(data)
+        data = {".pt2": _to_pt2, ".onnx": _to_onnx, ".xml": _to_openvino}[path.suffix](net, images)
+        run = {".pt2": _pt2_runner, ".onnx": _onnx_runner, ".xml": _openvino_runner}[path.suffix](*data)
         difference = max(disagreement(run(batch), net(batch)) for batch in (images, images[:1]))
     if not difference <= TOLERANCE:
         raise ValueError(f"{path.name}: the exported network differs by {difference:.2g} on the same images")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_files({path: data})
+    write_files(dict(zip(files_of(path), data, strict=True)))
     return difference
+
+
+def files_of(path: Path) -> list[Path]:
+    """An exported network's file, and that of its weights where they are apart."""
+    return [path, *([path.with_suffix(WEIGHTS[path.suffix])] if path.suffix in WEIGHTS else [])]
 
 
 def load_exported(path: str | Path, most: int = 2**31, example: Tensor | None = None) -> Runner:
@@ -62,14 +70,11 @@ def load_exported(path: str | Path, most: int = 2**31, example: Tensor | None = 
     the network does not take, and outputs that are not one tensor.
     """
     path = Path(path)
-    data = read_bytes(path, most)
+    data = [read_bytes(file, most) for file in files_of(path)]
     try:
-        if path.suffix == ".pt2":
-            run = _pt2_runner(io.BytesIO(data))
-        else:
-            if example is not None:
-                _check_foreign(data, example)
-            run = _onnx_runner(data)
+        if path.suffix == ".onnx" and example is not None:
+            _check_foreign(*data, example)
+        run = {".pt2": _pt2_runner, ".onnx": _onnx_runner, ".xml": _openvino_runner}[path.suffix](*data)
     except ImportError:
         raise
     except Exception as error:  # each reader has its own
@@ -103,26 +108,52 @@ def check_finite(net: nn.Module, images: Tensor) -> None:
         raise ValueError("the network gives NaN or infinity on these images: nothing is written. Train it again")
 
 
-def _to_pt2(net: nn.Module, images: Tensor) -> bytes:
-    program = torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+def _exported(net: nn.Module, images: Tensor) -> Any:
+    return torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+def _to_pt2(net: nn.Module, images: Tensor) -> list[bytes]:
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    return buffer.getvalue()
+    torch.export.save(_exported(net, images), buffer)
+    return [buffer.getvalue()]
 
 
-def _to_onnx(net: nn.Module, images: Tensor) -> bytes:
+def _to_openvino(net: nn.Module, images: Tensor) -> list[bytes]:
+    _needs("openvino", extra="openvino")
+    import openvino
+
+    model = openvino.convert_model(_exported(net, images))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.xml"
+        openvino.save_model(model, path, compress_to_fp16=False)
+        return [file.read_bytes() for file in files_of(path)]
+
+
+def _to_onnx(net: nn.Module, images: Tensor) -> list[bytes]:
     _needs("onnx", "onnxscript", "onnxruntime")
     program: Any = torch.onnx.export(
         net, (images,), dynamo=True, input_names=["images"], output_names=["logits"], verbose=False,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )  # fmt: skip
-    content: bytes = program.model_proto.SerializeToString()
-    return content
+    return [program.model_proto.SerializeToString()]
 
 
-def _pt2_runner(file: Any) -> Runner:
-    module = torch.export.load(file).module()
+def _pt2_runner(data: bytes) -> Runner:
+    module = torch.export.load(io.BytesIO(data)).module()
     return lambda images: module(images)
+
+
+def _openvino_runner(text: bytes, weights: bytes) -> Runner:
+    _needs("openvino", extra="openvino")
+    import openvino
+
+    core = openvino.Core()
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                "INFERENCE_PRECISION_HINT": "f32"}  # fmt: skip  # else bfloat16 where the CPU has it
+    model = core.compile_model(core.read_model(text, weights), "CPU", settings)
+    if len(model.inputs) != 1 or len(model.outputs) != 1:
+        raise ValueError(f"expected one input and one output but got {len(model.inputs)} and {len(model.outputs)}")
+    return lambda images: torch.from_numpy(model(images.numpy())[0].copy())
 
 
 def _onnx_runner(data: bytes) -> Runner:
@@ -183,12 +214,13 @@ session.run(None, {{session.get_inputs()[0].name: numpy.zeros({shape}, numpy.flo
 """
 
 
-def _needs(*names: str) -> None:
+def _needs(*names: str, extra: str = "onnx") -> None:
     from importlib.util import find_spec
 
     missing = [name for name in names if find_spec(name) is None]
     if missing:
-        raise ImportError(f'ONNX needs {", ".join(missing)}: pip install "lowrank_pl[onnx]"')
+        kind = {"onnx": "ONNX", "openvino": "OpenVINO's IR"}[extra]
+        raise ImportError(f'{kind} needs {", ".join(missing)}: pip install "lowrank_pl[{extra}]"')
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lowrank_pl import BlockSVD, FixedRank, Targets, TensorTrain, TiledSVD, compress
-from lowrank_pl.exporting import disagreement, export, load_exported
+from lowrank_pl.exporting import SUFFIXES, disagreement, export, load_exported
 from lowrank_pl.layers import ConstantLayer, spec_of
 from lowrank_pl.models import CifarResNet, LeNet5
 
@@ -34,6 +34,12 @@ def has_onnx() -> bool:
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     return True
+
+
+def has_packages(suffix: str) -> bool:
+    if suffix == ".xml":
+        pytest.importorskip("openvino")
+    return suffix != ".onnx" or has_onnx()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -69,9 +75,25 @@ def test_onnx_runs_on_any_batch(method: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]  # weights are in it
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("method", METHODS)
+def test_openvino_runs_on_any_batch(method: str, tmp_path: Path) -> None:
+    """As OpenVINO itself reads the files, in float32."""
+    openvino = pytest.importorskip("openvino")
+    net = network(method)
+    assert export(net, IMAGES, tmp_path / "model.xml") < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml"]
+    model = openvino.compile_model(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for batch in (IMAGES[:1], IMAGES[:3], torch.cat([IMAGES] * 3)):
+        with torch.no_grad():
+            assert disagreement(torch.from_numpy(model(batch.numpy())[0]), net(batch)) < 1e-5
+    stored = sum(p.numel() for p in net.parameters())
+    if method != "tiled_dense":  # weights are stored as they are, and once
+        assert (tmp_path / "model.bin").stat().st_size < 4.5 * stored + 20_000
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES.values())
 def test_constants_and_channels_last(suffix: str, tmp_path: Path) -> None:
-    assert suffix == ".pt2" or has_onnx()
+    assert has_packages(suffix)
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3), ConstantLayer(spec_of(nn.Conv2d(4, 6, 3)), bias=True), nn.Flatten(), nn.LazyLinear(2)
     )
@@ -105,9 +127,9 @@ def test_bad_arguments(tmp_path: Path) -> None:
         export(net, IMAGES[:1], tmp_path / "model.pt2")
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("suffix", SUFFIXES.values())
 def test_a_damaged_file_is_named(suffix: str, tmp_path: Path) -> None:
-    assert suffix == ".pt2" or has_onnx()
+    assert has_packages(suffix)
     file = tmp_path / f"model{suffix}"
     export(LeNet5(input_shape=(3, 16, 16)).eval(), IMAGES, file)
     file.write_bytes(file.read_bytes()[:-200])

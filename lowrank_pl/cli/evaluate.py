@@ -10,7 +10,7 @@ from pathlib import Path
 from lowrank_pl.cli.finished import Finished, is_sealed
 from lowrank_pl.deployment import deploy
 from lowrank_pl.evaluation import evaluate, evaluation_table, problems_of
-from lowrank_pl.exporting import SUFFIXES, Runner, load_exported
+from lowrank_pl.exporting import SUFFIXES, Runner, files_of, load_exported
 from lowrank_pl.files import write_files
 from lowrank_pl.reading import MEGABYTE
 from lowrank_pl.run_files import as_json
@@ -24,6 +24,8 @@ Exits with 1 if one of them does not agree with the compressed one, or any gives
 RUN/evaluation.json.
 """
 
+_RISKS = {"pt2": "a .pt2 file can run code", "openvino": "nothing bounds what an OpenVINO network takes"}
+
 
 def main() -> None:
     """Load every form, test it, and print and write what came out."""
@@ -35,7 +37,7 @@ def main() -> None:
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="the directory of a finished run")
     parser.add_argument("--allow", metavar="NAME", action="append", default=[], help="as for `lowrank-pl resume`")
-    parser.add_argument("--trust", action="store_true", help="open .pt2 files that were not made here, pickles and all")
+    parser.add_argument("--trust", action="store_true", help="open .pt2 files that were not made here, pickles and all, and OpenVINO's")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     try:
@@ -64,13 +66,14 @@ def _exported(run: Finished, trusted: bool) -> dict[str, Runner]:
         file = run.directory / "exported" / f"model{suffix}"
         if not file.is_file():
             continue
-        if file.stat().st_size > most:
-            raise ValueError(f"{file}: expected at most {most / MEGABYTE:.0f} MiB: export it again")
-        known = is_sealed(file)
-        if kind == "pt2" and not (trusted or known):
+        files = files_of(file)
+        for each in files:
+            if each.is_file() and each.stat().st_size > most:
+                raise ValueError(f"{each}: expected at most {most / MEGABYTE:.0f} MiB: export it again")
+        known = all(each.is_file() and is_sealed(each) for each in files)
+        if kind != "onnx" and not (trusted or known):
             raise ValueError(
-                f"{file} was not made by you here, or has changed, and a .pt2 file can run code: export it again, or "
-                "add --trust"
+                f"{file} was not made by you here, or has changed, and {_RISKS[kind]}: export it again, or add --trust"
             )
         found[kind] = load_exported(file, most, None if known else run.images(1))
     folder = run.directory / "exported" / "model"

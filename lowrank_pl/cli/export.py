@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 from lowrank_pl.cli.finished import Finished, seal
-from lowrank_pl.exporting import SUFFIXES, check_finite, export
+from lowrank_pl.exporting import SUFFIXES, check_finite, export, files_of
 from lowrank_pl.storage import save_compressed
 from lowrank_pl.terminal import printable, say
 
 _DESCRIPTION = """\
-Write the compressed network of a finished run for deployment: pt2 (torch.export) and onnx files run without
-lowrank_pl, on batches of any size, and are compared with the network on test images before they are written;
+Write the compressed network of a finished run for deployment: pt2 (torch.export), onnx and openvino (IR: an .xml and
+a .bin file) run without lowrank_pl, on batches of any size, and are compared with the network on test images before they are written;
 safetensors is weights and structure, for lowrank_pl.load_compressed.
 """
 
@@ -46,11 +46,12 @@ def main() -> None:
         else:
             place = place.with_suffix(suffix)
             difference = export(run.compressed, run.images(32), place)
-            seal(place)
+            for file in files_of(place):
+                seal(file)
             said = f", within {difference:.1g} of the network on 32 test images"
     except (ValueError, OSError, ImportError) as error:
         sys.exit(printable(f"lowrank-pl export: {error}"))
-    size = sum(file.stat().st_size for file in (place.iterdir() if place.is_dir() else [place]))
+    size = sum(file.stat().st_size for file in (place.iterdir() if place.is_dir() else files_of(place)))
     say(f"{place}: {size / 1e6:.2f} MB{said}")
 
 

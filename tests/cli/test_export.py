@@ -37,11 +37,12 @@ def output(folder: Path) -> str:
 
 def test_every_form_agrees(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
-    for kind in ("pt2", "onnx", "safetensors"):
+    pytest.importorskip("openvino")
+    for kind in ("pt2", "onnx", "openvino", "safetensors"):
         assert finish("export", "run", "--to", kind, folder=tmp_path) == 0, output(tmp_path)
     assert finish("evaluate", "run", folder=tmp_path) == 0, output(tmp_path)
     results = json.loads((run / "evaluation.json").read_text())
-    assert list(results) == ["dense", "compressed", "deployed", "pt2", "onnx", "safetensors"]
+    assert list(results) == ["dense", "compressed", "deployed", "pt2", "onnx", "openvino", "safetensors"]
     report = json.loads((run / "report.json").read_text())
     for name, values in results.items():
         expected = report["dense" if name == "dense" else "compressed"]["accuracy"]
