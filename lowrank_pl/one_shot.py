@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank_pl.adapters import find_maps
 from lowrank_pl.checks import check_among
@@ -30,7 +30,6 @@ from lowrank_pl.structures import Structure
 from lowrank_pl.surgery import detached_copy
 from lowrank_pl.targets import Targets
 from lowrank_pl.tracing import Trace, count_inputs, record
-from lowrank_pl.tracing.calls import leaves
 
 _UNHEARD = "what it is given is not known: nearest to the weights"
 
@@ -71,7 +70,7 @@ def compress(
     of its layers, does not compute what the model with projected weights does.
     """
     example_input = by_keywords(model, example_input)
-    _check_readable(model, example_input)
+    _check_weights(model)
     samples, own_input = _samples(data, reconstruct, metric, recalibrate_bn), example_input is not None
     if samples is not None and example_input is None and isinstance(model, nn.Module):
         example_input = first_call(model, samples)
@@ -93,17 +92,12 @@ def compress(
     return extracted
 
 
-def _check_readable(model: nn.Module, example_input: Any) -> None:
-    """Raise `ValueError` for weights without numbers, and for NaN among inputs, with which nothing can be verified."""
+def _check_weights(model: nn.Module) -> None:
+    """Raise `ValueError` for weights without numbers."""
     if isinstance(model, nn.Module):
         for name, parameter in model.named_parameters():
             if parameter.is_meta:
-                raise ValueError(
-                    f"Expected argument `model` with weights, but {name!r} is on the device 'meta': load them"
-                )
-    for x in leaves(example_input):
-        if isinstance(x, Tensor) and x.is_floating_point() and bool(x.isnan().any()):
-            raise ValueError("Expected argument `example_input` without NaN")
+                raise ValueError(f"Expected argument `model` with weights, but {name!r} is on the device 'meta'")
 
 
 def from_scratch(

@@ -242,9 +242,7 @@ def _report(  # both networks, and what is known of them
     indices = sum(layer.compressed.index_bytes for layer in layers)
     total = (total[0], replace(total[1], index_bytes=indices))
     device = _device_name(parameter.device)
-    return Report(
-        *total, layers, device, torch.get_num_threads(), tuple(uncounted), ratios(times), watch.machine.state()
-    )
+    return Report(*total, layers, device, torch.get_num_threads(), tuple(uncounted), ratios(times), watch.state())
 
 
 def print_plan(rows: Sequence[Row], console: Console | None = None, title: str = "Low-rank structures") -> None:

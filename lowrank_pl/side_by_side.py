@@ -62,7 +62,11 @@ class SideBySide:
     def __init__(self, wanted: bool) -> None:
         self._sizes = BATCHES if wanted else ()
         self._end = time.monotonic() + SECONDS
-        self.machine = MachineWatch()
+        self._machine = MachineWatch()
+
+    def state(self) -> dict[str, float]:
+        """How busy the machine was meanwhile; nothing where nothing was timed."""
+        return self._machine.state() if self._sizes else {}
 
     def shown(self, layers: list[T]) -> Iterable[T]:
         """The layers, with a progress bar in a terminal while they are timed."""

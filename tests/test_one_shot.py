@@ -431,9 +431,7 @@ def test_a_budget_of_multiply_adds_is_kept_by_tensor_trains():
     assert report.compressed.macs <= 0.6 * report.dense.macs
 
 
-def test_inputs_and_weights_without_numbers_are_refused():
-    net, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), torch.randn(2, 16)
-    with pytest.raises(ValueError, match="`example_input` without NaN"):
-        compress(net, "svd", example_input=x * torch.nan)
+def test_weights_without_numbers_are_refused():
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     with pytest.raises(ValueError, match=r"`model` with weights, but '0.weight' is on the device 'meta'"):
         compress(copy.deepcopy(net).to("meta"), LowRankPlusSparse())

@@ -37,7 +37,7 @@ def main() -> None:
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="the directory of a finished run")
     parser.add_argument("--allow", metavar="NAME", action="append", default=[], help="as for `lowrank-pl resume`")
-    parser.add_argument("--trust", action="store_true", help="open .pt2 files that were not made here, pickles and all, and OpenVINO's")
+    parser.add_argument("--trust", action="store_true", help="open .pt2 and OpenVINO files of others, pickles and all")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     try:

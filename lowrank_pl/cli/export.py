@@ -13,8 +13,8 @@ from lowrank_pl.terminal import printable, say
 
 _DESCRIPTION = """\
 Write the compressed network of a finished run for deployment: pt2 (torch.export), onnx and openvino (IR: an .xml and
-a .bin file) run without lowrank_pl, on batches of any size, and are compared with the network on test images before they are written;
-safetensors is weights and structure, for lowrank_pl.load_compressed.
+a .bin file) run without lowrank_pl, on batches of any size, and are compared with the network on test images before
+they are written; safetensors is weights and structure, for lowrank_pl.load_compressed.
 """
 
 

@@ -25,7 +25,7 @@ _TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: 
 class DenseRun(nn.Module, ABC):
     """A layer that rebuilds its dense weight once, when first used without gradients, and again whenever something that
     it is made of has changed. Copies and pickles go without it. What is written through `.data` or as a numpy array is
-    noticed at the next `eval()` or `train()` only, since PyTorch counts no version then."""
+    noticed only when it changes between training and evaluation, since PyTorch counts no version then."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,8 @@ class DenseRun(nn.Module, ABC):
         return made
 
     def train(self, mode: bool = True) -> DenseRun:
-        self._dense = None
+        if mode != self.training:
+            self._dense = None
         super().train(mode)
         return self
 

@@ -101,8 +101,9 @@ def test_settings_of_the_optimizer_take_effect_from_the_checkpoint_on(run: Path,
     assert schedule["base_lrs"] == [group["initial_lr"]] == pytest.approx([0.02])
     share = (1 + math.cos(math.pi * newest["global_step"] / (40 * 11))) / 2
     assert group["lr"] == pytest.approx(0.02 * share)
+    changed = {"optimizer._target_": ("torch.optim.AdamW", "torch.optim.Adam")}
     with pytest.raises(ValueError, match="state of another optimizer"):
-        show({"optimizer._target_": ("torch.optim.AdamW", "torch.optim.Adam")}, run, force=False)
+        show(changed, run, False, OmegaConf.load(run / "config.yaml"))
 
 
 def test_a_smaller_rate_saves_a_run_that_has_diverged_after_a_checkpoint(tmp_path: Path) -> None:

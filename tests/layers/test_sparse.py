@@ -77,7 +77,7 @@ def test_a_fresh_layer_can_be_trained() -> None:
      (TensorTrain(run="dense"), nn.Linear(24, 24)), (TiledSVD(4, "dense"), nn.Conv2d(8, 8, 3))],
     ids=repr,
 )  # fmt: skip
-def test_what_was_written_past_pytorch_is_noticed_at_eval(decomposition: Decomposition, layer: nn.Module) -> None:
+def test_writes_past_pytorch_are_noticed_in_the_next_mode(decomposition: Decomposition, layer: nn.Module) -> None:
     """Through `.data`, which counts no versions: as averages of weights are often kept."""
     spec = spec_of(layer)
     rank = decomposition.within(spec, spec.num_weights / 2)
@@ -87,7 +87,7 @@ def test_what_was_written_past_pytorch_is_noticed_at_eval(decomposition: Decompo
         assert module(x).norm() > 0
         for parameter in module.parameters():
             parameter.data.mul_(0)
-        assert module.eval()(x).norm() == 0
+        assert module.train().eval()(x).norm() == 0
 
 
 @pytest.mark.parametrize("count", [40, 4])  # a bit for every weight, and numbers

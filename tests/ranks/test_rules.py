@@ -118,7 +118,7 @@ def test_weights_are_counted_as_stored():
 
 
 BAD_ARGUMENTS = [
-    (FixedRank, "r", [0, -1, 2.0, "2", None, True, (2,)]),
+    (FixedRank, "r", [0, -1, 2.0, "2", None, True, (2, -1), (0, 0)]),
     (RankFraction, "R_c", [0, -0.5, 1.01, 2, "0.5", None, True, float("nan"), float("inf")]),
     (CompressionRatio, "x", [0, 0.99, -2, "2", None, True, float("nan")]),
     (EnergyThreshold, "p", [0, 1, -0.1, 1.5, "0.9", None, True, float("nan")]),
