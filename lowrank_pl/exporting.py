@@ -42,8 +42,8 @@ def export(net: nn.Module, images: Tensor, path: str | Path) -> float:
         raise ValueError(f"Expected a file name ending in {' or '.join(SUFFIXES.values())} but got {path.name!r}")
     check_finite(net, images)
     with _quiet(), torch.no_grad():
-        data = {".pt2": _to_pt2, ".onnx": _to_onnx, ".xml": _to_openvino}[path.suffix](net, images)
-        run = {".pt2": _pt2_runner, ".onnx": _onnx_runner, ".xml": _openvino_runner}[path.suffix](*data)
+        data = _WRITERS[path.suffix](net, images)
+        run = _RUNNERS[path.suffix](*data)
         difference = max(disagreement(run(batch), net(batch)) for batch in (images, images[:1]))
     if not difference <= TOLERANCE:
         raise ValueError(f"{path.name}: the exported network differs by {difference:.2g} on the same images")
@@ -73,8 +73,8 @@ def load_exported(path: str | Path, most: int = 2**31, example: Tensor | None = 
     data = [read_bytes(file, most) for file in files_of(path)]
     try:
         if path.suffix == ".onnx" and example is not None:
-            _check_foreign(*data, example)
-        run = {".pt2": _pt2_runner, ".onnx": _onnx_runner, ".xml": _openvino_runner}[path.suffix](*data)
+            _check_foreign(data[0], example)
+        run = _RUNNERS[path.suffix](*data)
     except ImportError:
         raise
     except Exception as error:  # each reader has its own
@@ -167,6 +167,10 @@ def _onnx_runner(data: bytes) -> Runner:
     if len(inputs) != 1 or len(outputs) != 1:
         raise ValueError(f"expected one input and one output but got {len(inputs)} and {len(outputs)}")
     return lambda images: torch.from_numpy(session.run(None, {inputs[0].name: images.numpy()})[0])
+
+
+_WRITERS = {".pt2": _to_pt2, ".onnx": _to_onnx, ".xml": _to_openvino}
+_RUNNERS: dict[str, Callable[..., Runner]] = {".pt2": _pt2_runner, ".onnx": _onnx_runner, ".xml": _openvino_runner}
 
 
 def _check_foreign(data: bytes, example: Tensor) -> None:
