@@ -19,7 +19,9 @@ def main() -> None:
     readme = (HERE / "README.md").read_text()
     for group in ("20", "56", "trained"):
         before, rest = readme.split(f"<!-- {group} -->")
-        lines = [f"<!-- {group} -->", *HEAD, *rows(accuracy, group), f"<!-- end {group} -->"]
+        found = rows(accuracy, group)
+        table = [*HEAD, *found] if found else ["Has not run yet."]
+        lines = [f"<!-- {group} -->", *table, f"<!-- end {group} -->"]
         readme = before + "\n".join(lines) + rest.split(f"<!-- end {group} -->")[1]
     (HERE / "README.md").write_text(readme)
     draw(accuracy)
@@ -39,8 +41,10 @@ def rows(accuracy: dict[str, float], group: str) -> list[str]:
 
 
 def draw(accuracy: dict[str, float]) -> None:
-    canvas = Figure(figsize=(9, 3.8), layout="constrained")
-    for axes, (depth, dense) in zip(canvas.subplots(1, 2, sharey=True), DENSE.items(), strict=True):
+    panels = {depth: dense for depth, dense in DENSE.items() if rows(accuracy, depth)}
+    canvas = Figure(figsize=(1 + 4.5 * len(panels), 3.8), layout="constrained")
+    every = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (depth, dense) in zip(every, panels.items(), strict=True):
         for target, style in (("asymmetric", "o-"), ("weights", "s:")):
             for i, (kind, title) in enumerate(KINDS.items()):
                 found = [(s, accuracy.get(f"{depth}-{target}-{s}-{kind}")) for s in SHARES]
@@ -51,8 +55,8 @@ def draw(accuracy: dict[str, float]) -> None:
         axes.set(title=f"ResNet-{depth}, without training", xlabel="stored values, % of the convolutions' weights")
         axes.set_xticks(SHARES)
         axes.grid(alpha=0.3)
-    canvas.axes[0].set_ylabel("test accuracy, %")
-    handles, labels = canvas.axes[0].get_legend_handles_labels()
+    every[0].set_ylabel("test accuracy, %")
+    handles, labels = every[0].get_legend_handles_labels()
     canvas.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     canvas.savefig(HERE / "figure.png", dpi=110)
 
