@@ -150,7 +150,7 @@ def fill(rows: list[dict[str, str]]) -> None:
         groups.setdefault((row["depth"], row["images"], row["ranks"], row["share"]), {})[row["row"]] = row
     lines = [f"| network, images | ranks | MACs | params | {' | '.join(kinds)} |", f"|---|---|{'---:|' * 7}"]
     of_errors = ["| images | row | error on them | on others | accuracy |", "|---:|---|---:|---:|---:|"]
-    for (depth, images, ranks, share), cells in sorted(groups.items(), key=lambda item: (int(item[0][0]), item[0][2:])):
+    for (depth, images, ranks, share), cells in sorted(groups.items(), key=_in_order):
         if int(depth) == 20 and ranks == "uniform" and share == "0.5":
             of_errors += [
                 f"| {images} | {kind} | {100 * float(cells[kind]['error']):.1f} % | "
@@ -170,6 +170,11 @@ def fill(rows: list[dict[str, str]]) -> None:
     words = "How far errors on the samples are from those on others (means over layers, uniform ranks at 0.5):"
     parts = ["<!-- table -->", *lines, "", words, "", *of_errors]
     (HERE / "README.md").write_text(before + "\n".join(parts) + "\n<!-- end -->" + rest.split("<!-- end -->")[1])
+
+
+def _in_order(item: tuple[tuple[str, str, str, str], object]) -> tuple[int, str, str, int]:
+    depth, images, ranks, share = item[0]
+    return int(depth), ranks, share, int(images)
 
 
 if __name__ == "__main__":
