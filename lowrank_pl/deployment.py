@@ -71,7 +71,8 @@ def _fold_norms(net: nn.Module, run_once: Callable[[], Any]) -> tuple[nn.Module,
     norms = {m: n for n, m in net.named_modules() if type(m) in _NORMS and m.running_mean is not None}
     handles += [norm.register_forward_pre_hook(listener.entered) for norm in norms]
     with listener:
-        run_once()
+        outputs = run_once()
+    listener.use(outputs)
     for handle in handles:
         handle.remove()
     new: dict[nn.Module, nn.Module] = {}
@@ -114,12 +115,17 @@ class _Listener(TorchFunctionMode):
         self._sources.setdefault(norm, []).append(None if source is None else source[0])
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = [self._made[id(x)][0] for x in tree_leaves((args, kwargs or {})) if id(x) in self._made]
         output = func(*args, **(kwargs or {}))
         if any(isinstance(y, Tensor) for y in tree_leaves(output)):  # else it is asked for its shape
-            for layer in made:
-                self._uses[layer] = self._uses.get(layer, 0) + 1
+            self.use((args, kwargs or {}))
         return output
+
+    def use(self, values: Any) -> None:
+        """Somebody gets these, whatever of them is a layer's output."""
+        for x in tree_leaves(values):
+            if id(x) in self._made:
+                layer = self._made[id(x)][0]
+                self._uses[layer] = self._uses.get(layer, 0) + 1
 
     def pairs(self) -> dict[nn.Module, nn.Module]:
         """Every norm that gets the outputs of one layer alone, in all calls, where nothing else gets them."""

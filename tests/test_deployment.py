@@ -74,6 +74,26 @@ def test_norms_are_folded_where_that_changes_nothing():
     assert all(p.requires_grad for p in net.parameters())
 
 
+def test_what_the_network_returns_is_left_alone():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.last, self.end = (
+                nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+            )  # fmt: skip
+
+        def forward(self, x):
+            y = self.conv(x)
+            z = self.norm(y)
+            return [y, self.end(self.last(z.relu_()))]
+
+    net, x = with_statistics(Both()), torch.randn(2, 3, 5, 5)
+    found = deploy(net, x, channels_last=False)
+    assert found.lowrank_pl_deployment["folded"] == ["end"]
+    with torch.no_grad():
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found(x), net(x), strict=True))
+
+
 def clock(monkeypatch, dense_is_faster):
     """Of the two that are timed, the second is the dense layer, or the network that is channels-last."""
     times = [[2.0], [1.0]] if dense_is_faster else [[1.0], [2.0]]
