@@ -20,7 +20,7 @@ from lowrank_pl.layers import DEPLOYED, LAYER_TYPES, ConstantLayer, LazyWeight, 
 from lowrank_pl.norms import fold_norms_
 from lowrank_pl.samples import by_keywords
 from lowrank_pl.surgery import detached_copy, replace_layers
-from lowrank_pl.timing import Ratio, times_ms
+from lowrank_pl.timing import Ratio, run_all, times_ms
 from lowrank_pl.tracing import Call, eager, run, slow_paths
 
 DEPLOYMENT = "lowrank_pl_deployment"  # the attribute of a deployed network that says what was done
@@ -33,8 +33,8 @@ def deploy(model: nn.Module, example_input: Any, channels_last: bool | None = No
     and on the device of `example_input`: an argument, a tuple of them, a mapping with their names, or a `Call`.
 
     Each compressed layer runs from its factors, or as the dense layer that they make where that is measured to be
-    faster on inputs of the shapes that it gets; so it is never slower than the dense network by more than noise. Batch
-    norms right behind a layer, and behind nothing else, are folded into it. Convolutions run channels-last where
+    faster on inputs of the shapes that it gets: none is slower than its dense layer by more than noise. Batch norms
+    right behind a layer, and behind nothing else, are folded into it. Convolutions run channels-last where
     `channels_last` says so, None: where the whole is measured to be faster. On the current number of threads.
 
     Store the compressed network, which is smaller, and deploy what is loaded. What was done is in the copy's attribute
@@ -155,7 +155,7 @@ def _densify(net: nn.Module, run_once: Callable[[], Any]) -> tuple[nn.Module, li
             continue
         layer = _dense(module, LayerSpec.from_dict(entries[name]["replaces"]))
         inputs = [make() for make in shapes[name]]
-        calls = [partial(_run_all, each, inputs) for each in (module, layer)]
+        calls = [partial(run_all, each, inputs) for each in (module, layer)]
         if Ratio.of(*times_ms(calls, inputs[0].device.type, seconds=0.06, rounds=21)).value > 1:
             new[module] = layer
             names.append(name)
@@ -223,8 +223,3 @@ def _check(found: Any, expected: Any) -> None:
 def _tensors(outputs: Any) -> list[Tensor]:
     leaves: Iterable[Any] = tree_leaves(outputs)
     return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-
-
-def _run_all(module: nn.Module, inputs: list[Tensor]) -> None:
-    for x in inputs:
-        module(x)

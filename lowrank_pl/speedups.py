@@ -23,7 +23,7 @@ from lowrank_pl.layers import build
 from lowrank_pl.names import kinds_of
 from lowrank_pl.structures import Layout, Rank
 from lowrank_pl.targets import check_patterns, matches
-from lowrank_pl.timing import times_ms
+from lowrank_pl.timing import run_all, times_ms
 from lowrank_pl.tracing import record
 
 MOST = 16.0  # times fewer multiply-adds, at the smallest rank that is looked at
@@ -152,7 +152,7 @@ def measure(
         for vectors, *size in shape.layer.inputs
     ]
     modules = [build(shape.layer, shape.bias), *(layout.build(shape.bias) for layout in layouts)]
-    calls = [partial(_run_all, module.eval().to(**where), inputs) for module in modules]
+    calls = [partial(run_all, module.eval().to(**where), inputs) for module in modules]
     kind = torch.device(conditions.device).type
     dense, *others = times_ms(calls, kind, conditions.seconds, conditions.rounds)
     for rank, layout, times in zip(ranks, layouts, others, strict=True):
@@ -195,8 +195,3 @@ def kernel_of(layer: LayerSpec) -> str:
 def size_of(layer: LayerSpec) -> str:
     """Of its inputs, call after call, such as `32x32`; of a linear layer, the number of vectors."""
     return "+".join("x".join(map(str, size or [vectors])) for vectors, *size in layer.inputs)
-
-
-def _run_all(module: nn.Module, inputs: Sequence[Tensor]) -> None:
-    for x in inputs:
-        module(x)

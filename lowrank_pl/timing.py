@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -51,6 +51,12 @@ def median_ms(
     return [statistics.median(kept) for kept in times_ms(functions, device, seconds, rounds)]
 
 
+def run_all(module: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """A layer on all that it is called with, one call after another: what is timed of it."""
+    for x in inputs:
+        module(x)
+
+
 def _seconds_of_a_call(function: Callable[[], Any], enough: float, device: str) -> float:
     """By calls that take a quarter of `enough`, or one. The first ones warm it up."""
     _seconds(function, 1, device)
@@ -73,7 +79,7 @@ def _seconds(function: Callable[[], Any], count: int, device: str) -> float:
 @dataclass(frozen=True)
 class Ratio:
     """How many times faster: the median over rounds, and bounds between which the true median lies with a probability
-    of 99.9 %, whatever is distributed how (order statistics; of fewer than 11 rounds, the least and the largest)."""
+    of 99.9 %, whatever the distribution (order statistics; of fewer than 11 rounds, the least and the largest)."""
 
     value: float
     low: float

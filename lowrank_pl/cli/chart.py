@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -158,10 +159,10 @@ def _table(speedups: Sequence[Speedup]) -> Table:
         grid.add_column(column, justify="right")
     for structure in dict.fromkeys(each.structure for each in speedups):
         own = [each for each in speedups if each.structure == structure]
-        shares = sorted(each.measured / each.theoretical for each in own)
+        share = statistics.median(each.measured / each.theoretical for each in own)
         faster = sum(each.measured > 1 for each in own) / len(own)
         best = max(own, key=lambda each: each.measured)
-        grid.add_row(structure, str(len(own)), f"{shares[len(own) // 2]:.2f}", f"{100 * faster:.0f} %",
+        grid.add_row(structure, str(len(own)), f"{share:.2f}", f"{100 * faster:.0f} %",
                      f"{best.measured:.1f}x, {best.shape.names[0]}")  # fmt: skip
     return grid
 

@@ -24,7 +24,7 @@ from lowrank_pl.layer_spec import LayerSpec
 from lowrank_pl.layers import build
 from lowrank_pl.reading import read_json
 from lowrank_pl.structures import Rank
-from lowrank_pl.timing import median_ms
+from lowrank_pl.timing import median_ms, run_all
 
 
 @final
@@ -129,7 +129,7 @@ class Latency(StructureCost):
             for vectors, *spatial in layer.inputs
         ]
         with torch.no_grad():
-            calls = [partial(_run_all, module.to(self.device).eval(), inputs) for module in modules]
+            calls = [partial(run_all, module.to(self.device).eval(), inputs) for module in modules]
             return [1e6 * ms for ms in median_ms(calls, torch.device(self.device).type, seconds=0.05, rounds=7)]
 
 
@@ -151,11 +151,6 @@ def _interpolate(grid: Sequence[Sequence[int]], values: Any, rank: Rank) -> floa
     for axis, r in zip(grid, rank, strict=True):
         values = np.apply_along_axis(partial(np.interp, r, axis), 0, values)
     return float(values)
-
-
-def _run_all(module: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
-    for x in inputs:
-        module(x)
 
 
 def device_name(device: str) -> str:

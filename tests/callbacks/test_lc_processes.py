@@ -29,37 +29,48 @@ class Disagree(pl.Callback):
 
 
 class Watch(pl.Callback):
-    """What this process has after every step and at the end, in a file of its own."""
+    """What this process has after every step, weights and what `seen` says (anchors, ranks), and at the end, in a file
+    of its own."""
 
-    def __init__(self, folder, callback):
-        self.folder, self.callback, self.after = folder, callback, {}
+    def __init__(self, folder, seen):
+        self.folder, self.seen, self.after = folder, seen, {}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        ranks = {name: list(choice.rank) for name, choice in self.callback.state.choices.items()}
-        self.after[trainer.global_step] = (weights(pl_module.net), dict(self.callback.state.anchors), ranks)
+        self.after[trainer.global_step] = (weights(pl_module.net), *self.seen())
 
     def on_fit_end(self, trainer, pl_module):
         self.after[-1] = (weights(pl_module.net), {}, {})
         torch.save(self.after, self.folder / f"rank{trainer.global_rank}.pt")
 
 
-def work(folder):
-    """What each process does."""
-    callback = LearningCompression(30.0, steps=4, mu0=0.05, growth=1.5, l_step_epochs=1)
-    extract = ExtractStructure(folder / "compressed", submodule="net")
-    callbacks = [Disagree(), callback, extract, Watch(folder, callback)]
-    quiet_trainer(folder, *callbacks, strategy="ddp", devices=2, max_epochs=9).fit(Module(Net()), loader())
-
-
-@pytest.mark.timeout(300)
-def test_both_hold_what_the_first_chose(tmp_path):
-    in_two_processes(work, tmp_path)
-    one, two = (torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in (0, 1))
+def alike(folder):
+    """What the first of two processes has written, after it has been compared with the second's."""
+    one, two = (torch.load(folder / f"rank{i}.pt", weights_only=True) for i in (0, 1))
     assert one.keys() == two.keys()
     assert len(one) == 10  # three epochs of three steps, and the end
     for step, (state, anchors, ranks) in one.items():
         assert ranks == two[step][2]
         assert all(torch.equal(state[name], two[step][0][name]) for name in state)
         assert all(torch.equal(anchors[name], two[step][1][name]) for name in anchors)
+    assert (folder / "compressed" / "model.safetensors").is_file()
+    return one
+
+
+def work(folder):
+    """What each process does."""
+    callback = LearningCompression(30.0, steps=4, mu0=0.05, growth=1.5, l_step_epochs=1)
+    extract = ExtractStructure(folder / "compressed", submodule="net")
+
+    def seen():
+        ranks = {name: list(choice.rank) for name, choice in callback.state.choices.items()}
+        return dict(callback.state.anchors), ranks
+
+    callbacks = [Disagree(), callback, extract, Watch(folder, seen)]
+    quiet_trainer(folder, *callbacks, strategy="ddp", devices=2, max_epochs=9).fit(Module(Net()), loader())
+
+
+@pytest.mark.timeout(300)
+def test_both_hold_what_the_first_chose(tmp_path):
+    in_two_processes(work, tmp_path)
+    one = alike(tmp_path)
     assert any(rank not in ([1], [0]) for rank in one[9][2].values())
-    assert (tmp_path / "compressed" / "model.safetensors").is_file()

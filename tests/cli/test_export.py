@@ -172,3 +172,11 @@ def test_nothing_is_written_where_links_lead(run: Path, tmp_path: Path) -> None:
         assert finish("export", "run", "--to", kind, folder=tmp_path) == 1
         assert "exported is a link" in output(tmp_path)
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_an_openvino_network_of_somebody_else_is_not_opened(run: Path, tmp_path: Path) -> None:
+    (run / "exported").mkdir()
+    for suffix in (".xml", ".bin"):
+        (run / "exported" / f"model{suffix}").write_bytes(b"<net/>")
+    assert finish("evaluate", "run", folder=tmp_path) == 1
+    assert "nothing bounds what an OpenVINO network takes: export it again, or add --trust" in output(tmp_path)
